@@ -1,0 +1,1 @@
+"""The published contract between the cache server and its clients.  Imports neither side."""

@@ -1,0 +1,195 @@
+"""The arena file: made, taken over, checked against the machine's memory, and populated."""
+
+import contextlib
+import errno
+import logging
+import mmap
+import os
+import threading
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_server.arena import Arena
+from cache_server.protocol.slots import (
+    SLAB_RAW,
+    FormatError,
+    Geometry,
+    read_header,
+    read_slab,
+    record_boot,
+    write_header,
+)
+
+log = logging.getLogger(__name__)
+
+POPULATE_STEP_BYTES = 4 << 20
+RETRY_S = 5.0
+HEADER_BYTES = 4096
+BLOCK_BYTES = 512  # the unit of st_blocks
+
+
+class ArenaError(Exception):
+    """The arena can't be had; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaFile:
+    path: Path
+    fd: int
+    id: bytes
+    geometry: Geometry
+    map: mmap.mmap  # header and tables; the data is the clients' business
+
+    @property
+    def in_place(self) -> bool:
+        """Whether clients that open the path still get this file."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
+        except OSError:
+            return False
+
+    def arena(self, boot: int, wall_s: int) -> Arena:
+        table = memoryview(self.map)
+        return Arena(table, self.geometry, record_boot(table, boot, wall_s))
+
+    def close(self) -> None:
+        with contextlib.suppress(BufferError):  # a view of it is still about: the process ends soon
+            self.map.close()
+        os.close(self.fd)
+
+
+def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
+    """Takes over the file if it is an arena of this capacity, else makes a fresh one in its place."""
+    geometry = Geometry.of(capacity_bytes)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        _check_memory(path.parent, geometry.capacity_bytes)
+        return _create(path, geometry, mode)
+    except OSError as error:
+        raise ArenaError(f"arena {path}: {error.strerror}: check the file's owner and permissions") from error
+    try:
+        arena_id = _check_same(fd, geometry)
+    except FormatError as error:
+        _check_memory(path.parent, geometry.capacity_bytes - BLOCK_BYTES * os.fstat(fd).st_blocks)
+        os.close(fd)
+        log.warning("arena: %s starts empty, the old file can't be taken over: %s", path, error)
+        path.unlink()
+        return _create(path, geometry, mode)
+    file = ArenaFile(path, fd, arena_id, geometry, _map(fd, geometry))
+    table = memoryview(file.map)
+    raw = sum(read_slab(table, geometry, slab) == SLAB_RAW for slab in range(geometry.slabs))
+    _check_memory(path.parent, raw * geometry.slab_bytes)
+    return file
+
+
+def _check_same(fd: int, geometry: Geometry) -> bytes:
+    """-> the arena's id"""
+    found, arena_id = read_header(os.pread(fd, HEADER_BYTES, 0))
+    if found != geometry or os.fstat(fd).st_size != geometry.file_bytes:
+        raise FormatError(f"it was made for {found.capacity_bytes} bytes, now {geometry.capacity_bytes}")
+    return arena_id
+
+
+def _create(path: Path, geometry: Geometry, mode: int) -> ArenaFile:
+    unfinished = path.with_name(path.name + ".new")
+    arena_id = os.urandom(16)
+    try:
+        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        os.ftruncate(fd, geometry.file_bytes)
+        mapped = _map(fd, geometry)
+    except OSError as error:
+        raise ArenaError(
+            f"arena {path}: can't make a file of {geometry.file_bytes} bytes: {error.strerror}"
+        ) from error
+    write_header(memoryview(mapped), geometry, arena_id)
+    unfinished.rename(path)  # only a whole arena ever has the name
+    return ArenaFile(path, fd, arena_id, geometry, mapped)
+
+
+def _map(fd: int, geometry: Geometry) -> mmap.mmap:
+    return mmap.mmap(fd, geometry.data_at)
+
+
+def _check_memory(directory: Path, wanted_bytes: int) -> None:
+    """Refuses to promise memory that is not there: the kernel would kill somebody for it later."""
+    for what, free_bytes in _free_bytes(directory).items():
+        if wanted_bytes > free_bytes:
+            raise ArenaError(
+                f"arena in {directory}: {wanted_bytes >> 20} MiB more are to be filled, but {what} "
+                f"has {free_bytes >> 20} MiB free: lower --capacity or free memory"
+            )
+
+
+def _free_bytes(directory: Path) -> dict[str, int]:
+    filesystem = os.statvfs(directory)
+    free = {"its file system": filesystem.f_bavail * filesystem.f_frsize}
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        free["the machine"] = int(line.split()[1]) << 10
+    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
+        control_group = Path("/sys/fs/cgroup")
+        limit = int((control_group / "memory.max").read_text())
+        free["the control group"] = limit - int((control_group / "memory.current").read_text())
+    return free
+
+
+class Populator:
+    """Touches the arena's fresh memory in a thread of its own, so that no client ever waits for a first touch
+    or dies of one.  It writes zeros into slabs that nobody has been given yet; whoever runs the arena takes
+    the finished ones from `take_finished`."""
+
+    def __init__(self, file: ArenaFile, slabs: list[int]) -> None:
+        self.failure = ""
+        self._file = file
+        self._waiting = deque(slabs)
+        self._finished: deque[int] = deque()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="populate", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def take_finished(self) -> list[int]:
+        return [self._finished.popleft() for _ in range(len(self._finished))]
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # this thread's alone, on Linux
+        zeros = bytes(POPULATE_STEP_BYTES)
+        while self._waiting and not self._stop.is_set():
+            try:
+                self._populate(self._waiting[0], zeros)
+            except OSError as error:
+                if not self.failure:
+                    log.error("arena: populating stopped: %s; going on with what there is", error)  # noqa: TRY400
+                self.failure = str(error)
+                self._stop.wait(RETRY_S)
+                continue
+            if not self._stop.is_set():
+                if self.failure:
+                    log.info("arena: populating goes on")
+                self.failure = ""
+                self._finished.append(self._waiting.popleft())
+
+    def _populate(self, slab: int, zeros: bytes) -> None:
+        at = self._file.geometry.slab_at(slab)
+        end = at + self._file.geometry.slab_bytes
+        while at < end and not self._stop.is_set():
+            step = min(POPULATE_STEP_BYTES, end - at)
+            try:
+                at += os.pwrite(self._file.fd, zeros[:step] if step < len(zeros) else zeros, at)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                os.posix_fallocate(
+                    self._file.fd, at, step
+                )  # hugetlbfs knows no write, but clears what it gives
+                at += step

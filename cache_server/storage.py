@@ -1,0 +1,171 @@
+"""Arena and index as one: what is stored where, and who makes room for whom.  Pure."""
+
+from collections.abc import Sequence
+from enum import Enum
+
+from cache_server.arena import Arena, Key, Slab
+from cache_server.index import Admission, Chunk, Index, Space
+from cache_server.protocol.keys import SlotRef
+from cache_server.protocol.messages import Outcome
+from cache_server.protocol.slots import NO_NUMBER, Entry
+
+
+class Shortage(Enum):
+    POPULATING = "fresh memory is still being populated"
+    FULL = "everything that could leave is leased or reserved"
+
+
+class Storage:
+    def __init__(self, arena: Arena, index: Index) -> None:
+        self.arena = arena
+        self.index = index
+        self.evicted = 0
+        self.restored = 0
+        self._restore()
+
+    def reserve(
+        self, slot_bytes: int, count: int, owner: bytes, sizes_in_use: Sequence[int]
+    ) -> list[SlotRef] | Shortage:
+        """All of it or, with nothing changed, none.  Every slot size in use is entitled to an equal share of
+        the slabs; beyond that, space belongs to whoever uses it."""
+        missing = count - self.arena.available(slot_bytes)
+        if missing > 0:
+            if self.arena.populating:
+                return Shortage.POPULATING
+            if not self._make_room(slot_bytes, missing, sizes_in_use):
+                return Shortage.FULL
+        return self.arena.reserve(slot_bytes, count, owner)
+
+    def commit(
+        self, space: Space, owner: bytes, parent_hash: bytes, chunks: Sequence[tuple[bytes, tuple[int, int]]]
+    ) -> bytes:
+        """`chunks` are (hash, slot name) of one prefix in order; -> one `Outcome` for each."""
+        outcomes = bytearray()
+        for hash_, name in chunks:
+            outcomes.append(self._commit_one(space, owner, parent_hash, hash_, name))
+            parent_hash = hash_
+        return bytes(outcomes)
+
+    def _commit_one(
+        self, space: Space, owner: bytes, parent_hash: bytes, hash_: bytes, name: tuple[int, int]
+    ) -> int:
+        generation, number = name
+        if not self.arena.owns(owner, *name) or self.arena.slab_of(number).slot_bytes != space.slot_bytes:
+            return Outcome.FOREIGN
+        slot = SlotRef(self.arena.offset(number), generation, number)
+        chunk = self.index.admit(space, hash_, parent_hash, slot)
+        if isinstance(chunk, Admission):
+            self.arena.abort(owner, number)
+            return Outcome.EXISTS if chunk is Admission.EXISTS else Outcome.ORPHAN
+        key = Key(space.prefix, space.group, space.window, hash_)
+        self.arena.commit(owner, slot, key, chunk.parent.slot if chunk.parent else None)
+        return Outcome.STORED
+
+    def abort(self, owner: bytes, names: Sequence[tuple[int, int]]) -> int:
+        mine = [name for name in names if self.arena.owns(owner, *name)]
+        for _, number in mine:
+            self.arena.abort(owner, number)
+        return len(mine)
+
+    def abort_all(self, owner: bytes) -> int:
+        """The owner is dead: nobody writes into what it had reserved."""
+        numbers = list(self.arena.reserved.get(owner, ()))
+        for number in numbers:
+            self.arena.abort(owner, number)
+        return len(numbers)
+
+    def clear(self, spaces: Sequence[Space]) -> int:
+        """Drops all chunks of these spaces, also leased ones: their readers will see the change."""
+        count = 0
+        for space in spaces:
+            roots = [chunk for chunk in space.chunks.values() if chunk.parent is None]
+            count += self._drop(self.index.family(roots))
+        return count
+
+    def _make_room(self, slot_bytes: int, missing: int, sizes_in_use: Sequence[int]) -> bool:
+        taken = self._slabs_to_take(slot_bytes, missing, sizes_in_use)
+        missing -= len(taken) * self.arena.slots_per_slab(slot_bytes)
+        if missing > 0:
+            leaving = self.index.evict(slot_bytes, missing)
+            if leaving is None:
+                return False
+            for chunk in leaving:
+                self.arena.free(chunk.slot)
+            self.evicted += len(leaving)
+        for slab, chunks in taken:
+            self.evicted += self._drop([chunk for chunk in chunks if chunk.stored])
+            self.arena.uncut(slab)
+        return True
+
+    def _slabs_to_take(
+        self, slot_bytes: int, missing: int, sizes_in_use: Sequence[int]
+    ) -> list[tuple[Slab, list[Chunk]]]:
+        """Slabs of other sizes: empty ones, then the coldest of those who have more than their share."""
+        wanted = -(-missing // self.arena.slots_per_slab(slot_bytes))
+        others = [size for size in self.arena.slot_sizes if size != slot_bytes]
+        empty = [slab for size in others for slab in self.arena.slabs_of(size) if not slab.used]
+        taken: list[tuple[Slab, list[Chunk]]] = [(slab, []) for slab in empty[:wanted]]
+        share = self.arena.geometry.slabs // len({slot_bytes, *sizes_in_use})
+        wanted = min(wanted, share - len(self.arena.slabs_of(slot_bytes)))
+        for size in others:
+            held = len(self.arena.slabs_of(size))
+            surplus = held - (share if size in sizes_in_use else 0)
+            if surplus > 0 and len(taken) < wanted:
+                taken += self._coldest_slabs(size, min(surplus, wanted - len(taken)))
+        return taken
+
+    def _coldest_slabs(self, slot_bytes: int, count: int) -> list[tuple[Slab, list[Chunk]]]:
+        """Of those that could be emptied now, with the chunks in them."""
+        inside: dict[int, list[Chunk]] = {}
+        for space in self.index.spaces:
+            if space.slot_bytes == slot_bytes:
+                for chunk in space.chunks.values():
+                    inside.setdefault(self.arena.slab_of(chunk.slot.number).number, []).append(chunk)
+        filled = [
+            (max(chunk.stamp for chunk in inside[slab.number]), slab.number, slab)
+            for slab in self.arena.slabs_of(slot_bytes)
+            if slab.used and len(inside.get(slab.number, ())) == slab.used  # else: reserved slots are in it
+        ]
+        coldest: list[tuple[Slab, list[Chunk]]] = []
+        for _, number, slab in sorted(filled, key=lambda entry: entry[:2]):
+            if len(coldest) == count:
+                break
+            if not any(chunk.leases for chunk in self.index.family(inside[number])):
+                coldest.append((slab, inside[number]))
+        return coldest
+
+    def _drop(self, roots: Sequence[Chunk]) -> int:
+        family = self.index.family(roots)
+        self.index.drop(family)
+        for chunk in family:
+            self.arena.free(chunk.slot)
+        return len(family)
+
+    def _restore(self) -> None:
+        """Builds the index from what earlier owners of the arena committed, parents first."""
+        inherited, self.arena.inherited = self.arena.inherited, []
+        waiting = {(entry.generation, number): entry for number, entry in inherited}
+        restored: dict[tuple[int, int], Chunk] = {}
+        for name in sorted(waiting):
+            line: list[tuple[tuple[int, int], Entry]] = []  # it and its ancestors that still wait
+            while (entry := waiting.pop(name, None)) is not None:
+                line.append((name, entry))
+                name = (entry.parent_generation, entry.parent_number)  # noqa: PLW2901
+            for descendant, entry in reversed(line):
+                chunk = self._restore_one(descendant, entry, restored)
+                if chunk is not None:
+                    restored[descendant] = chunk
+        self.restored = len(restored)
+
+    def _restore_one(
+        self, name: tuple[int, int], entry: Entry, restored: dict[tuple[int, int], Chunk]
+    ) -> Chunk | None:
+        generation, number = name
+        slot = SlotRef(self.arena.offset(number), generation, number)
+        space = self.index.space(entry.prefix, entry.group, entry.length, entry.window)
+        parent = restored.get((entry.parent_generation, entry.parent_number))
+        orphan = entry.parent_number != NO_NUMBER and parent is None
+        if orphan or entry.hash in space.chunks:
+            self.arena.free(slot)
+            return None
+        return self.index.adopt(space, entry.hash, parent, slot, generation)

@@ -1,0 +1,214 @@
+"""Which engines there are, and which of their processes live.  Pure.
+
+Two witnesses, and each is believed for one thing only.  Messages tell that a process works; their absence
+makes it *silent*, and what it has reserved is quarantined: not given to anybody, not lost.  The kernel's lock
+on its presence file tells that it exists; only when every lock of an engine is free is the engine *gone*, and
+after a short grace (copies a device still has in flight) all that it held comes back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from hashlib import blake2b
+from itertools import accumulate
+
+from cache_server.protocol.keys import key_prefix
+from cache_server.protocol.messages import Layout, Register
+from cache_server.protocol.slots import OWNER_BYTES, SLOT_ALIGN, align
+
+
+class WorkerState(Enum):
+    WARMING = "warming"  # registered, and has said so itself or nothing yet
+    READY = "ready"
+    SILENT = "silent"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """How one chunk of a group lies in its slot: one part after the other."""
+
+    part_bytes: tuple[int, ...]
+    part_offsets: tuple[int, ...]
+    slot_bytes: int
+    window: int
+
+
+class Member:
+    """One process of an engine."""
+
+    def __init__(self, session: int, registration: Register, now_ms: int) -> None:
+        self.session = session
+        self.registration = registration
+        self.phase = registration.phase
+        self.registered_ms = now_ms
+        self.heard_ms = now_ms
+        self.pinged_ms = now_ms
+        self.pings = 0
+        self.progress = 0
+        self.alive = True
+
+    def state(self, now_ms: int, silent_after_ms: int) -> WorkerState:
+        if not self.alive:
+            return WorkerState.GONE
+        if self.phase == "warming" and not self.pings:
+            return (
+                WorkerState.WARMING
+            )  # its heartbeat starts after warm-up; until then the lock speaks for it
+        if now_ms - self.heard_ms > silent_after_ms:
+            return WorkerState.SILENT
+        return WorkerState.READY if self.phase == "ready" else WorkerState.WARMING
+
+
+@dataclass(eq=False, slots=True)
+class Engine:
+    name: str
+    owner: bytes  # in slot entries, and in hex before its processes' presence files
+    members: dict[tuple[str, int], Member] = field(default_factory=dict)
+    shapes: tuple[GroupShape, ...] = ()  # empty while not all ranks are registered
+    incomplete: str = "no worker is registered"
+    namespace: bytes = b""
+
+    _prefix: tuple[int, bytes] | None = None
+
+    def prefix(self, epoch: int) -> bytes:
+        if self._prefix is None or self._prefix[0] != epoch:
+            geometry = [(shape.window, *shape.part_bytes) for shape in self.shapes]
+            self._prefix = (epoch, key_prefix(self.namespace, epoch, geometry))
+        return self._prefix[1]
+
+    def settle(self) -> None:
+        """Computes the shape of the engine's chunks once every rank is there and they agree."""
+        workers = [
+            member.registration
+            for (role, _), member in sorted(self.members.items())
+            if role == "worker" and member.alive
+        ]
+        self._prefix = None
+        self.namespace = workers[0].namespace if workers else b""
+        self.incomplete = _why_incomplete(workers)
+        self.shapes = () if self.incomplete else _shapes(workers)
+
+
+def owner_of(engine: str) -> bytes:
+    return blake2b(engine.encode(), digest_size=OWNER_BYTES).digest()
+
+
+class Registry:
+    def __init__(self, new_session: Callable[[], int]) -> None:
+        self.engines: dict[str, Engine] = {}
+        self._new_session = new_session
+        self._sessions: dict[int, tuple[Engine, Member]] = {}
+        self._dead_since_ms: dict[bytes, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def member(self, session: int) -> tuple[Engine, Member] | None:
+        return self._sessions.get(session)
+
+    def register(self, registration: Register, now_ms: int) -> Member:
+        """The same again is a refresh and keeps its session; anything else takes its predecessor's place."""
+        engine = self.engines.get(registration.engine)
+        if engine is None:
+            engine = Engine(registration.engine, owner_of(registration.engine))
+            self.engines[engine.name] = engine
+        place = (registration.role, registration.rank)
+        member = engine.members.get(place)
+        if member is not None and _same_process(member.registration, registration):
+            member.phase = registration.phase
+            member.heard_ms = now_ms
+        else:
+            if member is not None:
+                del self._sessions[member.session]
+            member = Member(self._new_session(), registration, now_ms)
+            engine.members[place] = member
+            self._sessions[member.session] = (engine, member)
+        engine.settle()
+        return member
+
+    def unregister(self, session: int) -> Engine | None:
+        """-> the engine, if that was its last member"""
+        engine, member = self._sessions.pop(session)
+        del engine.members[member.registration.role, member.registration.rank]
+        engine.settle()
+        if engine.members:
+            return None
+        del self.engines[engine.name]
+        return engine
+
+    def observe(self, locked: frozenset[str]) -> None:
+        """`locked`: the presence files that live processes hold."""
+        for engine, member in self._sessions.values():
+            if member.alive and member.registration.proof not in locked:
+                member.alive = False
+                engine.settle()
+
+    def dead_owners(
+        self, owners: set[bytes], locked: frozenset[str], now_ms: int, grace_ms: int
+    ) -> list[bytes]:
+        """Of `owners`, those all of whose processes have been dead for `grace_ms`."""
+        living = {name.partition(".")[0] for name in locked}
+        dead = {owner for owner in owners if owner.hex() not in living}
+        self._dead_since_ms = {owner: self._dead_since_ms.get(owner, now_ms) for owner in sorted(dead)}
+        return [owner for owner, since_ms in self._dead_since_ms.items() if now_ms - since_ms >= grace_ms]
+
+    def remove(self, owner: bytes) -> Engine | None:
+        for engine in self.engines.values():
+            if engine.owner == owner:
+                for member in engine.members.values():
+                    del self._sessions[member.session]
+                return self.engines.pop(engine.name)
+        return None
+
+
+def _same_process(old: Register, new: Register) -> bool:
+    return (old.proof, old.world, old.namespace, old.layout) == (
+        new.proof,
+        new.world,
+        new.namespace,
+        new.layout,
+    )
+
+
+def _layouts(workers: list[Register]) -> list[Layout]:
+    return [worker.layout for worker in workers if worker.layout is not None]
+
+
+def _why_incomplete(workers: list[Register]) -> str:
+    world = workers[0].world if workers else 1
+    if len(workers) != world:
+        return f"{len(workers)} of {world} workers are registered"
+    if any((worker.namespace, worker.world) != (workers[0].namespace, world) for worker in workers):
+        return "its workers differ in namespace or world size"
+    layouts = _layouts(workers)
+    if any(
+        layout.groups != same.groups for layout in layouts for same in layouts if layout.part == same.part
+    ):
+        return "workers that share a part differ in its groups"
+    if any(
+        (layout.parts, _windows(layout)) != (layouts[0].parts, _windows(layouts[0])) for layout in layouts
+    ):
+        return "its workers differ in their cache groups"
+    held = {layout.part for layout in layouts}
+    if len(held) != layouts[0].parts:
+        return f"its workers hold {len(held)} of {layouts[0].parts} parts"
+    return ""
+
+
+def _shapes(workers: list[Register]) -> tuple[GroupShape, ...]:
+    by_part = {layout.part: layout for layout in _layouts(workers)}
+    parts = [by_part[part] for part in sorted(by_part)]
+    return tuple(
+        _shape(tuple(layout.groups[group].part_bytes for layout in parts), window)
+        for group, window in enumerate(_windows(parts[0]))
+    )
+
+
+def _windows(layout: Layout) -> list[int]:
+    return [group.window for group in layout.groups]
+
+
+def _shape(part_bytes: tuple[int, ...], window: int) -> GroupShape:
+    ends = list(accumulate(align(length, SLOT_ALIGN) for length in part_bytes))
+    return GroupShape(part_bytes, (0, *ends[:-1]), ends[-1], window)
