@@ -33,6 +33,10 @@ class Limits:
                 "give the server more capacity or the engine smaller chunks",
             )
         wanted = slot_bytes * count
+        if wanted > self.stock_bytes_max:
+            raise RefusedError(
+                Code.TOO_LARGE, f"{wanted} bytes at once; an engine may hold {self.stock_bytes_max} reserved"
+            )
         mine = arena.reserved_bytes(owner)
         if mine + wanted > self.stock_bytes_max:
             raise RefusedError(

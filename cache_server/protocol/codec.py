@@ -1,5 +1,6 @@
 """Bytes <-> messages.  Any bytes in: a message or a `ProtocolError`, in bounded time and memory."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgpack
@@ -17,11 +18,14 @@ from cache_server.protocol.messages import (
 
 M = TypeVar("M", Request, Reply)
 
+DETAIL_MAX = 512  # a detail may quote what it refuses, which is as long as its sender likes
+
 
 class ProtocolError(Exception):
     """The bytes are no message.  `id` is the request's own where it could still be read, else 0."""
 
     def __init__(self, code: str, detail: str, id: int = 0) -> None:  # noqa: A002
+        detail = detail[:DETAIL_MAX]
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.detail = detail
@@ -54,7 +58,7 @@ def _decode(data: bytes, by_op: dict[object, type[M]]) -> M:
         raise ProtocolError(Code.TOO_LARGE, f"{len(data)} bytes, at most {MESSAGE_BYTES_MAX} are read")
     check_shape(data)
     try:
-        body: object = msgpack.unpackb(data)
+        body: object = msgpack.unpackb(data, object_pairs_hook=_map)
     except ValueError as error:  # what `check_shape` leaves: text that is no UTF-8, a key that is no text
         raise ProtocolError(Code.MALFORMED, f"{type(error).__name__}: {error}") from error
     if not isinstance(body, dict):
@@ -72,6 +76,13 @@ def _decode(data: bytes, by_op: dict[object, type[M]]) -> M:
         raise ProtocolError(Code.MALFORMED, f"{op}: {error}", id) from error
 
 
+def _map(pairs: Sequence[tuple[object, object]]) -> dict[object, object]:
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        raise ValueError("a map has a key twice")
+    return body
+
+
 # For each first byte from 0xc0 to 0xdf: (bytes of the length field, bytes that follow it, values per unit of
 # length); a value without a length field has its bytes in the second place.
 _FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2,
@@ -83,15 +94,14 @@ _CONTAINERS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 def check_shape(data: bytes) -> None:
     """Refuses what would be deep, long or truncated once decoded, from its headers alone."""
     open_containers = [1]  # values still to come on each level
+    announced = 1  # values in all
     at = 0
-    items = 0
     end = len(data)
     while open_containers:
         if not open_containers[-1]:
             open_containers.pop()
             continue
         open_containers[-1] -= 1
-        items += 1
         if at >= end:
             raise ProtocolError(Code.MALFORMED, f"truncated: {end} bytes and more announced")
         at, children = _skip(data, at)
@@ -99,7 +109,8 @@ def check_shape(data: bytes) -> None:
             open_containers.append(children)
             if len(open_containers) > DEPTH_MAX + 1:
                 raise ProtocolError(Code.TOO_LARGE, f"nested deeper than {DEPTH_MAX}")
-            if items + children > ITEMS_MAX:
+            announced += children
+            if announced > ITEMS_MAX:
                 raise ProtocolError(Code.TOO_LARGE, f"more than {ITEMS_MAX} values")
     if at != end:
         raise ProtocolError(Code.MALFORMED, f"the message ends at byte {at} of {end}")

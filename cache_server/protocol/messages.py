@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from cache_server.protocol.keys import HASH_BYTES, SLOT_NAME_BYTES
+from cache_server.protocol.keys import HASH_BYTES, SLOT_NAME_BYTES, SLOT_REF
 
 VERSION_MIN = 1
 VERSION_MAX = 1
 FEATURES: tuple[str, ...] = ()  # optional behaviour a peer may ask for; none yet
 
-# Limits of one message.  A reply to the largest LOOKUP stays far below `MESSAGE_BYTES_MAX`.
-MESSAGE_BYTES_MAX = 1 << 20
+# Limits of one message.  The reply to the largest LOOKUP of all groups stays below `MESSAGE_BYTES_MAX`.
+MESSAGE_BYTES_MAX = 2 << 20
 FRAME_BYTES_MAX = 4 << 20  # ZeroMQ drops the connection beyond this, before it allocates
 CHUNKS_MAX = 4096  # keys of one LOOKUP, slots of one RESERVE, COMMIT or ABORT
 LAYERS_MAX = 1024
@@ -35,6 +35,8 @@ Hashes = Annotated[bytes, Meta(max_length=32 * CHUNKS_MAX)]
 SlotNames = Annotated[bytes, Meta(max_length=12 * CHUNKS_MAX)]
 GroupNumber = Annotated[int, Meta(ge=0, lt=GROUPS_MAX)]
 Dimensions = Annotated[tuple[Count, ...], Meta(max_length=8)]
+SlotRefs = Annotated[bytes, Meta(max_length=20 * CHUNKS_MAX)]
+PartOffsets = Annotated[tuple[Count, ...], Meta(max_length=RANKS_MAX)]
 Phase = Literal["warming", "ready"]
 
 
@@ -85,6 +87,10 @@ class Layout(Struct, frozen=True, kw_only=True):
     pp: Count = 1
     pp_rank: Count = 0
 
+    def __post_init__(self) -> None:
+        if self.part >= self.parts:
+            raise ValueError(f"part {self.part} of {self.parts}")
+
 
 class Register(Request, tag="register", kw_only=True, frozen=True):
     version_min: Annotated[int, Meta(ge=0, le=2**31)]
@@ -99,6 +105,10 @@ class Register(Request, tag="register", kw_only=True, frozen=True):
     pid: Count = 0  # for people; the proof is the lock
     phase: Phase = "warming"
     layout: Layout | None = None  # workers only
+
+    def __post_init__(self) -> None:
+        if self.rank >= self.world:
+            raise ValueError(f"rank {self.rank} of {self.world}")
 
 
 class Unregister(Request, tag="unregister", kw_only=True, frozen=True):
@@ -176,24 +186,24 @@ class Status(Request, tag="status", kw_only=True, frozen=True):
 class Arena(Struct, frozen=True):
     path: str
     id: bytes
-    version: int
-    file_bytes: int
-    capacity_bytes: int
+    version: Count
+    file_bytes: Count
+    capacity_bytes: Count
 
 
 class Registered(Reply, tag="registered", kw_only=True, frozen=True):
-    version: int
+    version: Count
     features: tuple[str, ...]
     session: Id
     arena: Arena
-    lease_ms: int
-    silent_after_ms: int
+    lease_ms: Count
+    silent_after_ms: Count
 
 
 class Done(Reply, tag="done", kw_only=True, frozen=True):
     """UNREGISTER, RELEASE, ABORT, CLEAR: `count` things were let go."""
 
-    count: int = 0
+    count: Count = 0
 
 
 class Pong(Reply, tag="pong", kw_only=True, frozen=True):
@@ -207,27 +217,42 @@ class Pong(Reply, tag="pong", kw_only=True, frozen=True):
 class Part(Struct, frozen=True):
     """The chunks [first, first + len(slots)) of one group."""
 
-    first: int
-    slots: bytes
+    first: Count
+    slots: SlotRefs
+
+    def __post_init__(self) -> None:
+        _check_whole("slots", self.slots, SLOT_REF.size)
 
 
 class Found(Reply, tag="found", kw_only=True, frozen=True):
-    chunks: int  # the longest prefix complete on all ranks
-    groups: tuple[Part, ...] = ()
-    part_offsets: tuple[tuple[int, ...], ...] = ()  # per group, per part: where it begins in a slot
-    lease_ms: int = 0
+    chunks: Count  # the longest prefix complete on all ranks
+    groups: Annotated[tuple[Part, ...], Meta(max_length=GROUPS_MAX)] = ()
+    part_offsets: tuple[PartOffsets, ...] = ()  # per group, per part: where it begins in a slot
+    lease_ms: Count = 0
+
+    def __post_init__(self) -> None:
+        if self.chunks and not self.groups:
+            raise ValueError(f"{self.chunks} chunks without slots")
+        if len(self.groups) != len(self.part_offsets):
+            raise ValueError(f"part offsets of {len(self.part_offsets)} groups for {len(self.groups)}")
+        for group in self.groups:
+            if group.first + len(group.slots) // SLOT_REF.size != self.chunks:
+                raise ValueError(f"a group's slots do not end with chunk {self.chunks}")
 
 
 class Reserved(Reply, tag="reserved", kw_only=True, frozen=True):
-    slots: bytes
-    slot_bytes: int
-    part_offsets: tuple[int, ...]
+    slots: SlotRefs
+    slot_bytes: Count
+    part_offsets: PartOffsets
+
+    def __post_init__(self) -> None:
+        _check_whole("slots", self.slots, SLOT_REF.size)
 
 
 class Committed(Reply, tag="committed", kw_only=True, frozen=True):
     """One byte for each slot, an `Outcome`."""
 
-    outcomes: bytes
+    outcomes: Annotated[bytes, Meta(max_length=CHUNKS_MAX)]
 
 
 class Outcome:
