@@ -112,7 +112,9 @@ def log_path(config: Config) -> Path:
 
 
 def log_to_stderr(level: str) -> None:
+    """SIGHUP has nothing to reopen then, and must not end the server."""
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def log_to_file(path: Path, level: str) -> None:
@@ -125,8 +127,8 @@ def log_to_file(path: Path, level: str) -> None:
         os.close(fd)
 
     reopen()
-    signal.signal(signal.SIGHUP, reopen)
     log_to_stderr(level)
+    signal.signal(signal.SIGHUP, reopen)
 
 
 def _take_signals(server: Server) -> None:

@@ -28,7 +28,7 @@ from cache_server.protocol.presence import ARENA, SOCKET
 from cache_server.protocol.slots import FORMAT_VERSION
 from cache_server.runtime import Access, admin_token
 from cache_server.service import Identity, Service
-from cache_server.shm import Populator, open_arena
+from cache_server.shm import Populator, is_file_at, open_arena
 from cache_server.storage import Storage
 from cache_server.workers import Registry
 
@@ -58,6 +58,7 @@ class Server:
     """One start of the server: one boot id, one socket, one arena."""
 
     def __init__(self, config: Config, access: Access) -> None:
+        gc.disable()  # until `run`: taking over a large arena makes many objects and no garbage
         self.config = config
         self.boot = secrets.randbits(62) + 1
         self.stop_requests = 0
@@ -90,6 +91,7 @@ class Server:
         self.snapshot = self.describe()
         self._context = zmq.Context()
         self._socket = self._bind(access)
+        self._socket_file = self._socket_path.stat()
         log.info(
             'server: absent -> ready why="started" boot=%016x capacity_bytes=%d restored_chunks=%d',
             self.boot, self._file.geometry.capacity_bytes, storage.restored,
@@ -112,7 +114,8 @@ class Server:
         self._populator.stop()
         self._socket.close(linger=0)
         self._context.term()
-        self._socket_path.unlink(missing_ok=True)
+        if self._socket_in_place():  # else it is the socket of whoever came after us
+            self._socket_path.unlink()
         self._file.close()
 
     def _bind(self, access: Access) -> zmq.Socket[bytes]:
@@ -124,6 +127,9 @@ class Server:
         socket.bind(f"ipc://{self._socket_path}")
         access.open_file(self._socket_path)
         return socket
+
+    def _socket_in_place(self) -> bool:
+        return is_file_at(self._socket_path, self._socket_file)
 
     def _serve_burst(self) -> None:
         for _ in range(BURST):
@@ -189,7 +195,7 @@ class Server:
             self.snapshot = self.describe()
         if now_ms >= self._files_at_ms:
             self._files_at_ms = now_ms + FILES_MS
-            if not self._file.in_place or not self._socket_path.exists():
+            if not self._file.in_place or not self._socket_in_place():
                 log.error('server: ready -> restart why="arena or socket was removed under it"')
                 return Ending.RESTART
         return self._drained(now_ms) if self.stop_requests else None
@@ -209,6 +215,6 @@ class Server:
 def _calm_garbage_collector() -> None:
     """Full collections would stop the loop for as long as the index is large, and find nothing: chunks are
     unlinked when they leave.  Young objects are still collected."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 50, 1_000_000)
+    gc.enable()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cache_server.arena import Arena
 from cache_server.protocol.slots import (
+    DATA_ALIGN,
     SLAB_RAW,
     FormatError,
     Geometry,
@@ -44,10 +45,7 @@ class ArenaFile:
     @property
     def in_place(self) -> bool:
         """Whether clients that open the path still get this file."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
-        except OSError:
-            return False
+        return is_file_at(self.path, os.fstat(self.fd))
 
     def arena(self, boot: int, wall_s: int) -> Arena:
         table = memoryview(self.map)
@@ -57,6 +55,13 @@ class ArenaFile:
         with contextlib.suppress(BufferError):  # a view of it is still about: the process ends soon
             self.map.close()
         os.close(self.fd)
+
+
+def is_file_at(path: Path, file: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), file)
+    except OSError:
+        return False
 
 
 def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
@@ -124,6 +129,11 @@ def _check_memory(directory: Path, wanted_bytes: int) -> None:
 
 def _free_bytes(directory: Path) -> dict[str, int]:
     filesystem = os.statvfs(directory)
+    if (
+        filesystem.f_bsize >= DATA_ALIGN
+    ):  # hugetlbfs: its pages are a pool of their own, which it does not tell
+        pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{filesystem.f_bsize >> 10}kB/free_hugepages")
+        return {"the pool of huge pages": int(pool.read_text()) * filesystem.f_bsize}
     free = {"its file system": filesystem.f_bavail * filesystem.f_frsize}
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -116,8 +116,7 @@ class Registry:
         place = (registration.role, registration.rank)
         member = engine.members.get(place)
         if member is not None and _same_process(member.registration, registration):
-            member.phase = registration.phase
-            member.heard_ms = now_ms
+            member.phase, member.heard_ms, member.alive = registration.phase, now_ms, True
         else:
             if member is not None:
                 del self._sessions[member.session]

@@ -29,6 +29,7 @@ Id = Annotated[int, Meta(ge=0, le=ID_MAX)]
 Count = Annotated[int, Meta(ge=0, le=2**48)]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=512)]
+FileName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"\A[A-Za-z0-9._-]+\Z")]
 RequestName = Annotated[str, Meta(min_length=1, max_length=256)]
 Namespace = Annotated[bytes, Meta(min_length=1, max_length=64)]
 Hashes = Annotated[bytes, Meta(max_length=32 * CHUNKS_MAX)]
@@ -101,7 +102,7 @@ class Register(Request, tag="register", kw_only=True, frozen=True):
     rank: Annotated[int, Meta(ge=0, lt=RANKS_MAX)] = 0
     world: Annotated[int, Meta(ge=1, le=RANKS_MAX)] = 1
     namespace: Namespace
-    proof: Name  # the presence file this process holds locked
+    proof: FileName  # the presence file this process holds locked
     pid: Count = 0  # for people; the proof is the lock
     phase: Phase = "warming"
     layout: Layout | None = None  # workers only

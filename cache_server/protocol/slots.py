@@ -16,6 +16,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 from cache_server.protocol.keys import HASH_BYTES, PREFIX_BYTES, SlotRef
@@ -73,7 +74,7 @@ def align(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Geometry:
     """Where things lie in an arena of `capacity_bytes`; the same for everybody who knows that number."""
 
@@ -87,19 +88,19 @@ class Geometry:
         slab_bytes = min(SLAB_BYTES_MAX, align(-(-capacity_bytes // 32), DATA_ALIGN))
         return cls(align(capacity_bytes, slab_bytes), slab_bytes)
 
-    @property
+    @cached_property
     def slabs(self) -> int:
         return self.capacity_bytes // self.slab_bytes
 
-    @property
+    @cached_property
     def entries_per_slab(self) -> int:
         return self.slab_bytes // SLOT_ALIGN
 
-    @property
+    @cached_property
     def table_at(self) -> int:
         return SLABS_AT + align(8 * self.slabs, 4096)
 
-    @property
+    @cached_property
     def data_at(self) -> int:
         return align(self.table_at + ENTRY_BYTES * self.slabs * self.entries_per_slab, DATA_ALIGN)
 

@@ -260,3 +260,43 @@ def test_clear_wants_the_token() -> None:
             client.ask(m.Clear(id=1, token="guess"), m.Done)
         with pytest.raises(RefusedError, match="DENIED"):
             client.ask(m.Clear(id=2), m.Done)
+
+
+@pytest.fixture
+def huge_pages(tmp_path: Path):
+    """A mount of 2 MiB pages, 48 of them."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    mounted = subprocess.run(
+        ["mount", "-t", "hugetlbfs", "none", str(tmp_path)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"can't mount hugetlbfs here: {mounted.stderr.decode().strip()}")
+    before = pool.read_text()
+    pool.write_text("48")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+    pool.write_text(before)
+
+
+def test_the_arena_may_lie_on_huge_pages(huge_pages: Path) -> None:
+    with short_dir() as directory, ServerProcess(directory, "--arena", str(huge_pages / "arena")) as process:
+        process.populated()
+        session = stored(directory)
+        assert session.load(HASHES) == CONTENTS
+        process.restart()
+        session.register()
+        assert session.load(HASHES) == CONTENTS
+        session.close()
+        process.kill()
+        too_much = cache_server(
+            "run",
+            "--dir",
+            str(directory),
+            "--capacity",
+            "1GiB",
+            "--arena",
+            str(huge_pages / "other"),
+            "--http",
+            "off",
+        )
+        assert "the pool of huge pages has" in too_much.stderr
