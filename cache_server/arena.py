@@ -10,10 +10,9 @@ that needs it and gives it up when it is empty and another size wants it: so mix
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cache_server.protocol.keys import HASH_BYTES, PREFIX_BYTES, SlotRef
+from cache_server.protocol.keys import HASH_BYTES, OWNER_BYTES, PREFIX_BYTES, SlotRef
 from cache_server.protocol.slots import (
     NO_NUMBER,
-    OWNER_BYTES,
     SLAB_POPULATED,
     SLAB_RAW,
     SLOT_ALIGN,

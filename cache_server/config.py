@@ -69,7 +69,10 @@ def one_of(*names: str) -> Callable[[str], str]:
 def absolute_path(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise ValueError("expected a path")
-    return str(Path(text).expanduser().absolute())
+    try:
+        return str(Path(text).expanduser().absolute())
+    except RuntimeError as error:  # no such user
+        raise ValueError(f"expected a path: {error}") from error
 
 
 def optional_path(text: str) -> str:
@@ -176,7 +179,7 @@ def parse(settings: Mapping[str, Setting]) -> Config:
         except ValueError as error:
             raise ConfigError(f"{name} = {setting.text!r} (from {setting.source}): {error}") from error
     config = msgspec.convert(values, Config)
-    _check_together(config)
+    _check_together(config, settings)
     return config
 
 
@@ -199,20 +202,22 @@ def _read_file(path: Path) -> dict[str, str]:
     return {name: str(value) for name, value in table.items()}
 
 
-def _check_together(config: Config) -> None:
+def _check_together(config: Config, settings: Mapping[str, Setting]) -> None:
+    def named(name: str) -> str:
+        return f"{name} = {settings[name].text} (from {settings[name].source})"
+
     socket = os.fsencode(config.runtime_dir / SOCKET)
     if len(socket) > SOCKET_PATH_BYTES_MAX:
         raise ConfigError(
-            f"dir = {config.dir!r}: the socket's path would have {len(socket)} bytes, "
-            f"a unix socket takes {SOCKET_PATH_BYTES_MAX}: choose a shorter one"
+            f"dir = {config.dir!r} (from {settings['dir'].source}): the socket's path would have {len(socket)} "
+            f"bytes, a unix socket takes {SOCKET_PATH_BYTES_MAX}: choose a shorter one"
         )
-    if config.reserved_percent < config.stock_percent:
+    if config.stock_percent > config.reserved_percent:
         raise ConfigError(
-            f"reserved_percent = {config.reserved_percent}: expected at least stock_percent = "
-            f"{config.stock_percent}, what a single engine may reserve"
+            f"{named('stock_percent')}: expected at most {named('reserved_percent')}, which all engines share"
         )
-    if config.lease <= config.silent_after:
+    if config.silent_after >= config.lease:
         raise ConfigError(
-            f"lease = {config.lease} ms: expected more than silent_after = {config.silent_after} ms, "
+            f"{named('silent_after')}: expected less than {named('lease')}, "
             "or leases end while their engine still counts as alive"
         )

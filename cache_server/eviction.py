@@ -8,6 +8,13 @@ import heapq
 from typing import Generic, Protocol, TypeVar
 
 
+class Owner(Protocol):
+    """With a hash, the name of a chunk."""
+
+    prefix: bytes
+    group: int
+
+
 class Ranked(Protocol):
     """What a policy and a pool see of a chunk."""
 
@@ -15,6 +22,9 @@ class Ranked(Protocol):
     hits: int  # lookups that have used it since it was stored
     stamp: int  # the index's clock at its last use
     ticket: int  # its valid entry in the pool; 0 while it is not in there
+
+    @property
+    def space(self) -> Owner: ...
 
 
 class Policy(Protocol):
@@ -42,8 +52,56 @@ class Lru:
     def evicted(self, chunk: Ranked) -> None: ...
 
 
-POLICIES: dict[str, type[Policy]] = {"lru": Lru}
-DEFAULT_POLICY = "lru"
+Name = tuple[bytes, int, bytes]
+
+
+class Lrfu:
+    """As LRU, but a chunk counts as more recently used the more often it was used: each doubling of its uses
+    is worth half the usual stay.
+
+    The usual stay is how long the chunks that leave had lain unused; so the worth of a use follows the
+    capacity and the load, and no unit of time needs to be chosen.  Uses are remembered beyond eviction: a
+    chunk that is stored again was needed, and to need a chunk is to use it, whether it was there or not.
+    """
+
+    _SHARE_BITS = 8  # the usual stay is an average over the last 2 ** 8 evictions or so
+
+    def __init__(self, remembered: int = 65_536) -> None:
+        self._remembered = remembered  # evictions at least; at most twice as many, then in some 20 MB
+        self._uses: dict[Name, int] = {}  # of chunks that have left
+        self._uses_before: dict[Name, int] = {}  # the same, an older generation
+        self._usual_stay = 0  # scaled by 2 ** _SHARE_BITS
+        self._now = 0
+        self._watching_since: int | None = None
+
+    def rank(self, chunk: Ranked) -> int:
+        self._now = max(self._now, chunk.stamp)
+        half_stay = self._usual_stay >> (self._SHARE_BITS + 1)
+        return chunk.stamp + half_stay * self._uses_of(chunk).bit_length()
+
+    def admitted(self, chunk: Ranked) -> None:
+        self._now = max(self._now, chunk.stamp)
+
+    def evicted(self, chunk: Ranked) -> None:
+        if self._watching_since is None:  # stamps from before a restart tell an order but no distance
+            self._watching_since = self._now
+        stay = self._now - max(chunk.stamp, self._watching_since)
+        self._usual_stay += stay - (self._usual_stay >> self._SHARE_BITS)
+        self._uses[_name(chunk)] = self._uses_of(chunk) + 1  # the use that will bring it back
+        if len(self._uses) == self._remembered:
+            self._uses, self._uses_before = {}, self._uses
+
+    def _uses_of(self, chunk: Ranked) -> int:
+        name = _name(chunk)
+        return chunk.hits + (self._uses.get(name) or self._uses_before.get(name, 0))
+
+
+def _name(chunk: Ranked) -> Name:
+    return chunk.space.prefix, chunk.space.group, chunk.hash
+
+
+POLICIES: dict[str, type[Policy]] = {"lru": Lru, "lrfu": Lrfu}
+DEFAULT_POLICY = "lrfu"  # docs/eviction.md has the figures
 
 C = TypeVar("C", bound=Ranked)
 

@@ -31,6 +31,10 @@ class Leases:
     def of(self, engine: str) -> int:
         return self._per_engine[engine]
 
+    def may_grant(self, engine: str, request: str, per_engine_max: int) -> bool:
+        """A lease that takes another's place is no more."""
+        return self._per_engine[engine] < per_engine_max or (engine, request) in self._leases
+
     def grant(self, engine: str, request: str, chunks: Sequence[Chunk], now_ms: int) -> None:
         """Takes the place of an earlier lease of that name."""
         for chunk in chunks:

@@ -24,13 +24,13 @@ class LockDir:
             return False
         path = self._path / name
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return False
         try:
             if not lock_now(fd):
                 return True
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 path.unlink()  # while we hold its lock: `Presence` sees it and makes a new file
             return False
         finally:

@@ -69,18 +69,18 @@ def prepare(path: Path, access: Access) -> None:
 
 @contextlib.contextmanager
 def sole_server(path: Path) -> Iterator[None]:
-    """Holds the lock that makes this process the runtime dir's only server; the pid file carries it."""
-    fd = os.open(path / PID, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Holds the lock that makes this process the runtime dir's only server.  It lies on the directory itself:
+    a file in it could be taken for stale and removed."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not lock_now(fd):
             raise RuntimeDirError(
                 f"dir {path}: a server (pid {read_pid(path)}) already runs on it: "
                 "stop it with `cache-server stop`, or choose another --dir"
             )
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        (path / PID).write_text(f"{os.getpid()}\n")
         yield
-        os.ftruncate(fd, 0)
+        (path / PID).unlink(missing_ok=True)
     finally:
         os.close(fd)
 
@@ -94,7 +94,7 @@ def read_pid(path: Path) -> int | None:
 def running_pid(path: Path) -> int | None:
     """The pid of the server that runs on this dir now, as its lock proves."""
     try:
-        fd = os.open(path / PID, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return None
     try:

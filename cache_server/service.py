@@ -11,10 +11,10 @@ from cache_server.counters import Counters
 from cache_server.leases import Leases
 from cache_server.limits import Limits, RefusedError
 from cache_server.protocol import messages as m
-from cache_server.protocol.keys import SLOT_REF, split_hashes, split_slot_names
+from cache_server.protocol.keys import SLOT_REF, owner_of, split_hashes, split_slot_names
 from cache_server.protocol.messages import Code, Outcome
 from cache_server.storage import Shortage, Storage
-from cache_server.workers import Engine, GroupShape, Registry, owner_of
+from cache_server.workers import Engine, GroupShape, Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Service:
             raise RefusedError(
                 Code.NO_PROOF, f"no process holds a lock on locks/{request.proof}: lock it, then register"
             )
-        if len(self.registry) >= self.limits.members_max:
+        if len(self.registry) >= self.limits.members_max and not self.registry.has_place_of(request):
             raise RefusedError(
                 Code.BUSY, f"{len(self.registry)} processes are registered, the most there can be"
             )
@@ -175,9 +175,8 @@ class Service:
 
     def _unregister(self, request: m.Unregister) -> m.Done:
         left = self.registry.unregister(request.session)
-        if left is not None:  # the last of its engine: nobody of it touches the arena any more
+        if left is not None:  # what it has reserved comes back when its processes' locks are free
             self.leases.release_all(left.name)
-            self.counters.aborted_slots += self.storage.abort_all(left.owner)
         return m.Done(id=request.id, boot=self.boot, count=1)
 
     def _lookup(self, request: m.Lookup, engine: Engine, now_ms: int) -> m.Found:
@@ -191,14 +190,16 @@ class Service:
         ]
         hashes = split_hashes(request.hashes)
         length = index.longest_prefix(spaces, hashes)
+        if length and not self.leases.may_grant(
+            engine.name, request.request, self.limits.leases_per_engine_max
+        ):
+            raise RefusedError(Code.BUSY, f"{self.leases.of(engine.name)} leases are out: RELEASE some")
         counters = self.counters
         counters.lookups += 1
         counters.chunks_asked += len(hashes)
         if not length:
             self.leases.release(engine.name, request.request)
             return m.Found(id=request.id, boot=self.boot, chunks=0)
-        if self.leases.of(engine.name) >= self.limits.leases_per_engine_max:
-            raise RefusedError(Code.BUSY, f"{self.leases.of(engine.name)} leases are out: RELEASE some")
         found = [index.use(space, hashes, length) for space in spaces]
         held = [
             chunk
@@ -267,6 +268,7 @@ class Service:
             found = self.registry.member(request.session)
             if found is None:
                 raise RefusedError(Code.DENIED, "CLEAR wants a session or the admin token")
+            self._refuse_incomplete(found[0])  # its keys can't be known
             mine = found[0].prefix(request.epoch)
             spaces = [space for space in spaces if space.prefix == mine]
         count = self.storage.clear(spaces)

@@ -5,7 +5,6 @@ Probes, demonstrations and tests do their real work with it, over the real socke
 
 import mmap
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from cache_server.client import Client, RefusedError
 from cache_server.protocol import messages as m
 from cache_server.protocol.keys import SlotRef, pack_slot_names, split_slot_refs
 from cache_server.protocol.messages import Code
-from cache_server.protocol.presence import Presence
+from cache_server.protocol.presence import Presence, presence_name
 from cache_server.protocol.slots import FormatError, holds, read_header
-from cache_server.workers import owner_of
 
 
 class StaleError(Exception):
@@ -28,9 +26,7 @@ class Session:
     ) -> None:
         self.client = Client(runtime_dir)
         self.engine = engine
-        self._presence = Presence(
-            runtime_dir, f"{owner_of(engine).hex()}.{os.getpid()}.{secrets.token_hex(4)}"
-        )
+        self._presence = Presence(runtime_dir, presence_name(engine))
         self._part_bytes = part_bytes
         self._namespace = namespace
         self._map: mmap.mmap | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_server.arena import Arena
+from cache_server.protocol.presence import lock_now
 from cache_server.protocol.slots import (
     DATA_ALIGN,
     SLAB_RAW,
@@ -74,6 +75,7 @@ def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
         return _create(path, geometry, mode)
     except OSError as error:
         raise ArenaError(f"arena {path}: {error.strerror}: check the file's owner and permissions") from error
+    _lock(fd, path)
     try:
         arena_id = _check_same(fd, geometry)
     except FormatError as error:
@@ -89,6 +91,12 @@ def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
     return file
 
 
+def _lock(fd: int, path: Path) -> None:
+    """Two servers on one arena, from two runtime dirs say, would hand out the same slots."""
+    if not lock_now(fd):
+        raise ArenaError(f"arena {path}: another server uses it: choose another --arena")
+
+
 def _check_same(fd: int, geometry: Geometry) -> bytes:
     """-> the arena's id"""
     found, arena_id = read_header(os.pread(fd, HEADER_BYTES, 0))
@@ -102,6 +110,7 @@ def _create(path: Path, geometry: Geometry, mode: int) -> ArenaFile:
     arena_id = os.urandom(16)
     try:
         fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        _lock(fd, unfinished)
         os.ftruncate(fd, geometry.file_bytes)
         mapped = _map(fd, geometry)
     except OSError as error:

@@ -62,7 +62,7 @@ class Storage:
         return Outcome.STORED
 
     def abort(self, owner: bytes, names: Sequence[tuple[int, int]]) -> int:
-        mine = [name for name in names if self.arena.owns(owner, *name)]
+        mine = [name for name in dict.fromkeys(names) if self.arena.owns(owner, *name)]
         for _, number in mine:
             self.arena.abort(owner, number)
         return len(mine)
@@ -108,8 +108,8 @@ class Storage:
         share = self.arena.geometry.slabs // len({slot_bytes, *sizes_in_use})
         wanted = min(wanted, share - len(self.arena.slabs_of(slot_bytes)))
         for size in others:
-            held = len(self.arena.slabs_of(size))
-            surplus = held - (share if size in sizes_in_use else 0)
+            kept = len(self.arena.slabs_of(size)) - sum(slab.slot_bytes == size for slab, _ in taken)
+            surplus = kept - (share if size in sizes_in_use else 0)
             if surplus > 0 and len(taken) < wanted:
                 taken += self._coldest_slabs(size, min(surplus, wanted - len(taken)))
         return taken

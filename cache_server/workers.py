@@ -9,12 +9,11 @@ after a short grace (copies a device still has in flight) all that it held comes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from hashlib import blake2b
 from itertools import accumulate
 
-from cache_server.protocol.keys import key_prefix
+from cache_server.protocol.keys import key_prefix, owner_of
 from cache_server.protocol.messages import Layout, Register
-from cache_server.protocol.slots import OWNER_BYTES, SLOT_ALIGN, align
+from cache_server.protocol.slots import SLOT_ALIGN, align
 
 
 class WorkerState(Enum):
@@ -90,10 +89,6 @@ class Engine:
         self.shapes = () if self.incomplete else _shapes(workers)
 
 
-def owner_of(engine: str) -> bytes:
-    return blake2b(engine.encode(), digest_size=OWNER_BYTES).digest()
-
-
 class Registry:
     def __init__(self, new_session: Callable[[], int]) -> None:
         self.engines: dict[str, Engine] = {}
@@ -106,6 +101,11 @@ class Registry:
 
     def member(self, session: int) -> tuple[Engine, Member] | None:
         return self._sessions.get(session)
+
+    def has_place_of(self, registration: Register) -> bool:
+        """Whether registering it adds nobody."""
+        engine = self.engines.get(registration.engine)
+        return engine is not None and (registration.role, registration.rank) in engine.members
 
     def register(self, registration: Register, now_ms: int) -> Member:
         """The same again is a refresh and keeps its session; anything else takes its predecessor's place."""

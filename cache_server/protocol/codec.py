@@ -11,6 +11,8 @@ from cache_server.protocol.messages import (
     ID_MAX,
     ITEMS_MAX,
     MESSAGE_BYTES_MAX,
+    REPLY_BYTES_MAX,
+    REPLY_ITEMS_MAX,
     Code,
     Reply,
     Request,
@@ -46,17 +48,17 @@ def encode(message: Request | Reply) -> bytes:
 
 
 def decode_request(data: bytes) -> Request:
-    return _decode(data, REQUESTS)
+    return _decode(data, REQUESTS, MESSAGE_BYTES_MAX, ITEMS_MAX)
 
 
 def decode_reply(data: bytes) -> Reply:
-    return _decode(data, REPLIES)
+    return _decode(data, REPLIES, REPLY_BYTES_MAX, REPLY_ITEMS_MAX)
 
 
-def _decode(data: bytes, by_op: dict[object, type[M]]) -> M:
-    if len(data) > MESSAGE_BYTES_MAX:
-        raise ProtocolError(Code.TOO_LARGE, f"{len(data)} bytes, at most {MESSAGE_BYTES_MAX} are read")
-    check_shape(data)
+def _decode(data: bytes, by_op: dict[object, type[M]], bytes_max: int, items_max: int) -> M:
+    if len(data) > bytes_max:
+        raise ProtocolError(Code.TOO_LARGE, f"{len(data)} bytes, at most {bytes_max} are read")
+    check_shape(data, items_max)
     try:
         body: object = msgpack.unpackb(data, object_pairs_hook=_map)
     except ValueError as error:  # what `check_shape` leaves: text that is no UTF-8, a key that is no text
@@ -91,7 +93,7 @@ _BYTES = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 _CONTAINERS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
-def check_shape(data: bytes) -> None:
+def check_shape(data: bytes, items_max: int = ITEMS_MAX) -> None:
     """Refuses what would be deep, long or truncated once decoded, from its headers alone."""
     open_containers = [1]  # values still to come on each level
     announced = 1  # values in all
@@ -110,8 +112,8 @@ def check_shape(data: bytes) -> None:
             if len(open_containers) > DEPTH_MAX + 1:
                 raise ProtocolError(Code.TOO_LARGE, f"nested deeper than {DEPTH_MAX}")
             announced += children
-            if announced > ITEMS_MAX:
-                raise ProtocolError(Code.TOO_LARGE, f"more than {ITEMS_MAX} values")
+            if announced > items_max:
+                raise ProtocolError(Code.TOO_LARGE, f"more than {items_max} values")
     if at != end:
         raise ProtocolError(Code.MALFORMED, f"the message ends at byte {at} of {end}")
 

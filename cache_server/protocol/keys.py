@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 HASH_BYTES = 32
 PREFIX_BYTES = 16
+OWNER_BYTES = 16
 NO_PARENT = b""
 
 
@@ -36,6 +37,11 @@ def key_prefix(namespace: bytes, epoch: int, geometry: Sequence[Sequence[int]]) 
     for numbers in geometry:
         digest.update(struct.pack(f"<I{len(numbers)}Q", len(numbers), *numbers))
     return digest.digest()
+
+
+def owner_of(engine: str) -> bytes:
+    """Stands for the engine in slot entries and, in hex, in its processes' presence files' names."""
+    return blake2b(engine.encode(), digest_size=OWNER_BYTES).digest()
 
 
 def split_hashes(packed: bytes) -> tuple[bytes, ...]:

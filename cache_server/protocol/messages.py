@@ -16,12 +16,14 @@ FEATURES: tuple[str, ...] = ()  # optional behaviour a peer may ask for; none ye
 
 # Limits of one message.  The reply to the largest LOOKUP of all groups stays below `MESSAGE_BYTES_MAX`.
 MESSAGE_BYTES_MAX = 2 << 20
+REPLY_BYTES_MAX = 4 << 20
 FRAME_BYTES_MAX = 4 << 20  # ZeroMQ drops the connection beyond this, before it allocates
 CHUNKS_MAX = 4096  # keys of one LOOKUP, slots of one RESERVE, COMMIT or ABORT
 LAYERS_MAX = 1024
 GROUPS_MAX = 16
 RANKS_MAX = 1024
-ITEMS_MAX = 32 * LAYERS_MAX  # values in one message, nested ones counted
+ITEMS_MAX = 32 * LAYERS_MAX  # values in one request, nested ones counted
+REPLY_ITEMS_MAX = 8 * ITEMS_MAX  # STATUS tells of every worker
 DEPTH_MAX = 8
 ID_MAX = 2**63 - 1
 

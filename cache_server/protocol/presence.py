@@ -8,7 +8,10 @@ so a lock that can be taken proves that nobody writes any more, and silence prov
 import contextlib
 import fcntl
 import os
+import secrets
 from pathlib import Path
+
+from cache_server.protocol.keys import owner_of
 
 SOCKET = "server.sock"
 PID = "server.pid"
@@ -16,6 +19,11 @@ ARENA = "arena"
 LOCKS = "locks"
 TOKEN = "token"  # noqa: S105
 LOG = "server.log"
+
+
+def presence_name(engine: str) -> str:
+    """Another one for every life, so that no process is taken for its predecessor."""
+    return f"{owner_of(engine).hex()}.{os.getpid()}.{secrets.token_hex(4)}"
 
 
 class Presence:

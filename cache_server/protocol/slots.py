@@ -19,7 +19,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import NamedTuple
 
-from cache_server.protocol.keys import HASH_BYTES, PREFIX_BYTES, SlotRef
+from cache_server.protocol.keys import HASH_BYTES, OWNER_BYTES, PREFIX_BYTES, SlotRef
 
 MAGIC = b"LMCARENA"
 FORMAT_VERSION = 1
@@ -27,7 +27,6 @@ SLOT_ALIGN = 4096  # a page: what direct I/O and pinning want
 DATA_ALIGN = 2 << 20  # a huge page
 SLAB_BYTES_MAX = 1 << 30
 HISTORY = 16
-OWNER_BYTES = 16
 
 _HEADER = struct.Struct("<8sI4x16sQQI")  # magic, version, id, capacity, slab bytes, crc of all before
 _BOOTS = struct.Struct("@Q")
