@@ -7,6 +7,7 @@ The arena is cut into slabs, a slab into slots of one size.  A slab gets its siz
 that needs it and gives it up when it is empty and another size wants it: so mixed sizes never fragment.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from cache_server.protocol.slots import (
     Entry,
     Geometry,
     SlotState,
+    is_blank,
     read_entry,
     read_slab,
     write_entry,
@@ -74,6 +76,7 @@ class Arena:
         self._uncut: dict[int, None] = {}  # populated slabs without a slot size
         self._by_size: dict[int, dict[int, None]] = {}  # slot size -> its slabs
         self._committed_bytes = 0
+        self._reserved_bytes: Counter[bytes] = Counter()  # by owner
         for slab in self._slabs:
             self._adopt(slab)
 
@@ -158,7 +161,10 @@ class Arena:
         self._uncut[slab.number] = None
 
     def reserved_bytes(self, owner: bytes) -> int:
-        return sum(self.slab_of(number).slot_bytes for number in self.reserved.get(owner, ()))
+        return self._reserved_bytes[owner]
+
+    def all_reserved_bytes(self) -> int:
+        return self._reserved_bytes.total()
 
     def usage(self) -> Usage:
         geometry = self.geometry
@@ -173,7 +179,7 @@ class Arena:
             capacity=geometry.capacity_bytes,
             unpopulated=len(self._raw) * geometry.slab_bytes,
             free=free,
-            reserved=sum(self.reserved_bytes(owner) for owner in self.reserved),
+            reserved=self.all_reserved_bytes(),
             committed=self._committed_bytes,
             waste=waste,
         )
@@ -193,6 +199,9 @@ class Arena:
         first = slab.number * self.geometry.entries_per_slab
         for number in range(first, first + self.slots_per_slab(slot_bytes)):
             entry = read_entry(self._table, self.geometry, number)
+            if entry is None and not is_blank(self._table, self.geometry, number):
+                # Torn.  Made whole at once, or a second tear could bring back what was before the first.
+                self._write(number, SlotState.FREE, self._last_generation, NOBODY)
             if entry is None or entry.state == SlotState.FREE or entry.length != slot_bytes:
                 slab.free.append(number)
                 continue
@@ -202,6 +211,7 @@ class Arena:
                 self.inherited.append((number, entry))
             else:
                 self.reserved.setdefault(entry.owner, {})[number] = entry.generation
+                self._reserved_bytes[entry.owner] += slot_bytes
         slab.free.reverse()  # the lowest number goes out first
 
     def _cut(self, slot_bytes: int) -> Slab:
@@ -216,7 +226,9 @@ class Arena:
 
     def _reserve_in(self, slab: Slab, count: int, owner: bytes, refs: list[SlotRef]) -> None:
         mine = self.reserved.setdefault(owner, {})
-        for _ in range(min(count, len(slab.free))):
+        taken = min(count, len(slab.free))
+        self._reserved_bytes[owner] += taken * slab.slot_bytes
+        for _ in range(taken):
             number = slab.free.pop()
             slab.used += 1
             self._last_generation += 1
@@ -228,8 +240,9 @@ class Arena:
     def _unreserve(self, owner: bytes, number: int) -> int:
         mine = self.reserved[owner]
         generation = mine.pop(number)
+        self._reserved_bytes[owner] -= self.slab_of(number).slot_bytes
         if not mine:
-            del self.reserved[owner]
+            del self.reserved[owner], self._reserved_bytes[owner]
         return generation
 
     def _free(self, number: int, generation: int) -> None:

@@ -67,8 +67,8 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def absolute_path(text: str) -> str:
-    if not text.strip() or "\0" in text:
-        raise ValueError("expected a path")
+    if not text.strip() or "\0" in text or text.encode(errors="ignore").decode() != text:
+        raise ValueError("expected a path, in UTF-8")
     try:
         return str(Path(text).expanduser().absolute())
     except RuntimeError as error:  # no such user
@@ -209,8 +209,8 @@ def _check_together(config: Config, settings: Mapping[str, Setting]) -> None:
     socket = os.fsencode(config.runtime_dir / SOCKET)
     if len(socket) > SOCKET_PATH_BYTES_MAX:
         raise ConfigError(
-            f"dir = {config.dir!r} (from {settings['dir'].source}): the socket's path would have {len(socket)} "
-            f"bytes, a unix socket takes {SOCKET_PATH_BYTES_MAX}: choose a shorter one"
+            f"dir = {config.dir!r} (from {settings['dir'].source}): the socket's path would have "
+            f"{len(socket)} bytes, a unix socket takes {SOCKET_PATH_BYTES_MAX}: choose a shorter one"
         )
     if config.stock_percent > config.reserved_percent:
         raise ConfigError(

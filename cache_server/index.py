@@ -93,18 +93,22 @@ class Index:
     def use(self, space: Space, hashes: Sequence[bytes], length: int) -> list[Chunk]:
         """The chunks that a load of `length` chunks needs of this group, in order; marks them as used."""
         self._clock += 1
+        clock = self._clock
+        chunks: list[Chunk] = []
         if space.window:
-            chunks = [space.chunks[hash_] for hash_ in hashes[max(0, length - space.window) : length]]
-        else:
-            chunk: Chunk | None = space.chunks[hashes[length - 1]]
-            chunks = []
-            while chunk is not None:
+            for hash_ in hashes[max(0, length - space.window) : length]:
+                chunk = space.chunks[hash_]
+                chunk.stamp = clock
+                chunk.hits += 1
                 chunks.append(chunk)
-                chunk = chunk.parent
-            chunks.reverse()
-        for chunk in chunks:
-            chunk.stamp = self._clock
-            chunk.hits += 1
+            return chunks
+        link: Chunk | None = space.chunks[hashes[length - 1]]
+        while link is not None:
+            link.stamp = clock
+            link.hits += 1
+            chunks.append(link)
+            link = link.parent
+        chunks.reverse()
         return chunks
 
     def lease(self, chunk: Chunk) -> None:

@@ -43,7 +43,7 @@ class Limits:
                 Code.BUSY,
                 f"{mine} bytes are in your stock; with {wanted} more it passes {self.stock_bytes_max}",
             )
-        reserved = sum(map(arena.reserved_bytes, arena.reserved))
+        reserved = arena.all_reserved_bytes()
         if reserved + wanted > self.reserved_bytes_max:
             raise RefusedError(
                 Code.BUSY,

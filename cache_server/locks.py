@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from cache_server.protocol.presence import LOCKS, lock_now
+from cache_server.protocol.presence import LOCKS, is_file_at, lock_now
 
 
 class LockDir:
@@ -23,15 +23,18 @@ class LockDir:
         if os.sep in name or name in (".", ".."):
             return False
         path = self._path / name
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
-            return False
-        try:
-            if not lock_now(fd):
-                return True
-            with contextlib.suppress(OSError):
-                path.unlink()  # while we hold its lock: `Presence` sees it and makes a new file
-            return False
-        finally:
-            os.close(fd)
+        while True:
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:
+                return False
+            try:
+                if not lock_now(fd):
+                    return True
+                # Nobody holds this file, so only we remove it, and until then no other takes its name.
+                if is_file_at(path, os.fstat(fd)):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                    return False
+            finally:
+                os.close(fd)  # it had been replaced since we opened it: look at the new one

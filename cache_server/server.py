@@ -4,6 +4,7 @@ Threads: this loop owns the socket and everything in the service.  The populate 
 nobody has yet; the HTTP thread reads `snapshot`, an object that is replaced and never changed.
 """
 
+import contextlib
 import gc
 import logging
 import os
@@ -24,11 +25,11 @@ from cache_server.locks import LockDir
 from cache_server.protocol import messages as m
 from cache_server.protocol.codec import ProtocolError, decode_request, encode
 from cache_server.protocol.messages import FRAME_BYTES_MAX, Code
-from cache_server.protocol.presence import ARENA, SOCKET
+from cache_server.protocol.presence import ARENA, SOCKET, is_file_at
 from cache_server.protocol.slots import FORMAT_VERSION
 from cache_server.runtime import Access, admin_token
 from cache_server.service import Identity, Service
-from cache_server.shm import Populator, is_file_at, open_arena
+from cache_server.shm import Populator, open_arena
 from cache_server.storage import Storage
 from cache_server.workers import Registry
 
@@ -39,8 +40,7 @@ POPULATING_TICK_MS = 10  # fresh memory is waited for
 SCAN_MS = 400  # how often the presence files are looked at
 SNAPSHOT_MS = 500
 FILES_MS = 1_000  # how often the runtime dir's own files are looked at
-BURST = 256  # messages between two looks at the clock
-REPLIES_WAITING_MAX = 256  # for one client that does not read; further ones are dropped
+REPLIES_WAITING_MAX = 1_024  # for one client that does not read; further ones are dropped and counted
 CLIENTS_WAITING_MAX = 1_024  # connections not yet accepted
 ERRORS_LOGGED_MAX = 20  # internal errors with a stack trace, per boot
 
@@ -103,8 +103,8 @@ class Server:
         _calm_garbage_collector()
         ending = None
         while ending is None:
-            if self._socket.poll(max(0, self._tick_at_ms - monotonic_ms())):
-                self._serve_burst()
+            with contextlib.suppress(zmq.Again):  # nothing came before the next tick
+                self._serve(self._socket.recv_multipart())
             if monotonic_ms() >= self._tick_at_ms:
                 ending = self._tick(monotonic_ms())
                 alive()
@@ -124,6 +124,8 @@ class Server:
         socket.setsockopt(zmq.BACKLOG, CLIENTS_WAITING_MAX)
         socket.setsockopt(zmq.SNDHWM, REPLIES_WAITING_MAX)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that can't be sent is told, not lost unseen
+        socket.setsockopt(zmq.RCVTIMEO, POPULATING_TICK_MS)
         socket.bind(f"ipc://{self._socket_path}")
         access.open_file(self._socket_path)
         return socket
@@ -131,17 +133,16 @@ class Server:
     def _socket_in_place(self) -> bool:
         return is_file_at(self._socket_path, self._socket_file)
 
-    def _serve_burst(self) -> None:
-        for _ in range(BURST):
-            try:
-                client, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            reply = self._reply_to(frames)
-            try:
-                self._socket.send_multipart([client, encode(reply)], zmq.NOBLOCK)
-            except zmq.Again:
-                self.service.counters.refuse("UNREAD")
+    def _serve(self, message: list[bytes]) -> None:
+        client, *frames = message
+        reply = encode(self._reply_to(frames))
+        try:
+            self._socket.send_multipart([client, reply], zmq.NOBLOCK)
+        except zmq.Again:
+            self.service.counters.refuse("UNREAD")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:  # it has gone meanwhile
+                raise
 
     def _reply_to(self, frames: list[bytes]) -> m.Reply:
         began_ns = time.perf_counter_ns()
@@ -181,7 +182,9 @@ class Server:
 
     def _tick(self, now_ms: int) -> Ending | None:
         arena = self.service.storage.arena
-        self._tick_at_ms = now_ms + (POPULATING_TICK_MS if arena.populating else TICK_MS)
+        pause_ms = POPULATING_TICK_MS if arena.populating else TICK_MS
+        self._tick_at_ms = now_ms + pause_ms
+        self._socket.setsockopt(zmq.RCVTIMEO, pause_ms)
         for slab in self._populator.take_finished():
             arena.populated(slab)
         arena.population_failed = bool(self._populator.failure)

@@ -11,10 +11,10 @@ from cache_server.counters import Counters
 from cache_server.leases import Leases
 from cache_server.limits import Limits, RefusedError
 from cache_server.protocol import messages as m
-from cache_server.protocol.keys import SLOT_REF, owner_of, split_hashes, split_slot_names
+from cache_server.protocol.keys import SLOT_REF, Hashes, owner_of, split_slot_names
 from cache_server.protocol.messages import Code, Outcome
 from cache_server.storage import Shortage, Storage
-from cache_server.workers import Engine, GroupShape, Registry
+from cache_server.workers import Engine, GroupShape, Member, Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +88,7 @@ class Service:
             case m.Clear():
                 return self._clear(request)
             case m.Unregister() | m.Lookup() | m.Release() | m.Reserve() | m.Commit() | m.Abort():
-                found = self.registry.member(request.session)
-                if found is None:
-                    raise RefusedError(Code.UNKNOWN_SESSION, f"session {request.session}: REGISTER again")
-                engine, member = found
+                engine, member = self._member(request.session)
                 member.heard_ms = now_ms
                 return self._answer_member(request, engine, now_ms)
             case _:
@@ -114,7 +111,8 @@ class Service:
             case m.Commit():
                 return self._commit(request, engine)
             case m.Abort():
-                count = self.storage.abort(engine.owner, split_slot_names(request.slots))
+                abort = self.storage.abort_all if request.all_but else self.storage.abort
+                count = abort(engine.owner, split_slot_names(request.slots))
                 self.counters.aborted_slots += count
                 return m.Done(id=request.id, boot=self.boot, count=count)
             case m.Unregister():
@@ -188,7 +186,7 @@ class Service:
             index.space(prefix, group, shape.slot_bytes, shape.window)
             for group, shape in enumerate(engine.shapes)
         ]
-        hashes = split_hashes(request.hashes)
+        hashes = Hashes(request.hashes)
         length = index.longest_prefix(spaces, hashes)
         if length and not self.leases.may_grant(
             engine.name, request.request, self.limits.leases_per_engine_max
@@ -248,7 +246,7 @@ class Service:
         shape = self._shape(engine, request.group)
         prefix = engine.prefix(request.epoch)
         space = self.storage.index.space(prefix, request.group, shape.slot_bytes, shape.window)
-        chunks = list(zip(split_hashes(request.hashes), split_slot_names(request.slots), strict=True))
+        chunks = list(zip(Hashes(request.hashes), split_slot_names(request.slots), strict=True))
         outcomes = self.storage.commit(space, engine.owner, request.parent, chunks)
         stored = outcomes.count(Outcome.STORED)
         counters = self.counters
@@ -261,19 +259,24 @@ class Service:
 
     def _clear(self, request: m.Clear) -> m.Done:
         spaces = self.storage.index.spaces
-        if request.token:
-            if not compare_digest(request.token.encode(), self.identity.token.encode()):
-                raise RefusedError(Code.DENIED, "the token is not the one in the runtime dir's file `token`")
-        else:
-            found = self.registry.member(request.session)
-            if found is None:
-                raise RefusedError(Code.DENIED, "CLEAR wants a session or the admin token")
-            self._refuse_incomplete(found[0])  # its keys can't be known
-            mine = found[0].prefix(request.epoch)
+        if not request.token and request.session:
+            engine, _ = self._member(request.session)
+            self._refuse_incomplete(engine)  # its keys can't be known
+            mine = engine.prefix(request.epoch)
             spaces = [space for space in spaces if space.prefix == mine]
+        elif not compare_digest(request.token.encode(), self.identity.token.encode()):
+            raise RefusedError(
+                Code.DENIED, "CLEAR wants a session, or the token in the runtime dir's file `token`"
+            )
         count = self.storage.clear(spaces)
         self.counters.cleared_chunks += count
         return m.Done(id=request.id, boot=self.boot, count=count)
+
+    def _member(self, session: int) -> tuple[Engine, Member]:
+        found = self.registry.member(session)
+        if found is None:
+            raise RefusedError(Code.UNKNOWN_SESSION, f"session {session}: REGISTER again")
+        return found
 
     def _shape(self, engine: Engine, group: int) -> GroupShape:
         self._refuse_incomplete(engine)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_server.arena import Arena
-from cache_server.protocol.presence import lock_now
+from cache_server.protocol.presence import is_file_at, lock_now
 from cache_server.protocol.slots import (
     DATA_ALIGN,
     SLAB_RAW,
@@ -53,16 +54,10 @@ class ArenaFile:
         return Arena(table, self.geometry, record_boot(table, boot, wall_s))
 
     def close(self) -> None:
+        fcntl.flock(self.fd, fcntl.LOCK_UN)  # the map holds it too, and may outlive this
         with contextlib.suppress(BufferError):  # a view of it is still about: the process ends soon
             self.map.close()
         os.close(self.fd)
-
-
-def is_file_at(path: Path, file: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(path.stat(), file)
-    except OSError:
-        return False
 
 
 def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
@@ -75,20 +70,31 @@ def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
         return _create(path, geometry, mode)
     except OSError as error:
         raise ArenaError(f"arena {path}: {error.strerror}: check the file's owner and permissions") from error
-    _lock(fd, path)
+    with contextlib.ExitStack() as on_refusal:
+        on_refusal.callback(os.close, fd)
+        _lock(fd, path)
+        try:
+            file = _take_over(path, fd, geometry)
+        except FormatError as error:
+            _check_memory(path.parent, geometry.capacity_bytes - BLOCK_BYTES * os.fstat(fd).st_blocks)
+            log.warning("arena: %s starts empty, the old file can't be taken over: %s", path, error)
+            path.unlink()
+            return _create(path, geometry, mode)
+        on_refusal.pop_all()
+        return file
+
+
+def _take_over(path: Path, fd: int, geometry: Geometry) -> ArenaFile:
+    arena_id = _check_same(fd, geometry)
+    mapped = _map(fd, geometry)
+    with memoryview(mapped) as table:
+        raw = sum(read_slab(table, geometry, slab) == SLAB_RAW for slab in range(geometry.slabs))
     try:
-        arena_id = _check_same(fd, geometry)
-    except FormatError as error:
-        _check_memory(path.parent, geometry.capacity_bytes - BLOCK_BYTES * os.fstat(fd).st_blocks)
-        os.close(fd)
-        log.warning("arena: %s starts empty, the old file can't be taken over: %s", path, error)
-        path.unlink()
-        return _create(path, geometry, mode)
-    file = ArenaFile(path, fd, arena_id, geometry, _map(fd, geometry))
-    table = memoryview(file.map)
-    raw = sum(read_slab(table, geometry, slab) == SLAB_RAW for slab in range(geometry.slabs))
-    _check_memory(path.parent, raw * geometry.slab_bytes)
-    return file
+        _check_memory(path.parent, raw * geometry.slab_bytes)
+    except ArenaError:
+        mapped.close()  # it holds the lock as the descriptor does
+        raise
+    return ArenaFile(path, fd, arena_id, geometry, mapped)
 
 
 def _lock(fd: int, path: Path) -> None:

@@ -67,12 +67,12 @@ class Storage:
             self.arena.abort(owner, number)
         return len(mine)
 
-    def abort_all(self, owner: bytes) -> int:
-        """The owner is dead: nobody writes into what it had reserved."""
-        numbers = list(self.arena.reserved.get(owner, ()))
-        for number in numbers:
-            self.arena.abort(owner, number)
-        return len(numbers)
+    def abort_all(self, owner: bytes, but: Sequence[tuple[int, int]] = ()) -> int:
+        """All that the owner has reserved, `but` these: it holds nothing else, or it is dead."""
+        kept = set(but)
+        reserved = self.arena.reserved.get(owner, {}).items()
+        names = [(generation, number) for number, generation in reserved]
+        return self.abort(owner, [name for name in names if name not in kept])
 
     def clear(self, spaces: Sequence[Space]) -> int:
         """Drops all chunks of these spaces, also leased ones: their readers will see the change."""

@@ -8,7 +8,7 @@ engines whose chunks differ in as much as one part's length can never share a ke
 import struct
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 HASH_BYTES = 32
 PREFIX_BYTES = 16
@@ -44,8 +44,24 @@ def owner_of(engine: str) -> bytes:
     return blake2b(engine.encode(), digest_size=OWNER_BYTES).digest()
 
 
-def split_hashes(packed: bytes) -> tuple[bytes, ...]:
-    return struct.unpack(f"{HASH_BYTES}s" * (len(packed) // HASH_BYTES), packed)
+class Hashes(Sequence[bytes]):
+    """A packed list, cut where it is looked at: of many a search looks at few."""
+
+    def __init__(self, packed: bytes) -> None:
+        self._packed = packed
+
+    def __len__(self) -> int:
+        return len(self._packed) // HASH_BYTES
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[bytes]: ...  # type: ignore[explicit-any]
+    def __getitem__(self, at: int | slice) -> bytes | Sequence[bytes]:  # type: ignore[explicit-any]
+        if isinstance(at, slice):
+            return [self[one] for one in range(len(self))[at]]
+        begin = range(len(self))[at] * HASH_BYTES
+        return self._packed[begin : begin + HASH_BYTES]
 
 
 def pack_slot_names(refs: Iterable[SlotRef]) -> bytes:

@@ -167,8 +167,12 @@ class Commit(Request, tag="commit", kw_only=True, frozen=True):
 
 
 class Abort(Request, tag="abort", kw_only=True, frozen=True):
+    """Gives back these slots or, with `all_but`, all others the engine has reserved: so a client that lost a
+    reply knows again what it holds."""
+
     session: Id
     slots: SlotNames
+    all_but: bool = False
 
     def __post_init__(self) -> None:
         _check_whole("slots", self.slots, SLOT_NAME_BYTES)

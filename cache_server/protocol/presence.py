@@ -35,20 +35,26 @@ class Presence:
         while True:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o660)
             fcntl.flock(self._fd, fcntl.LOCK_EX)
-            if self._still_there():
+            if self.in_place:
                 return
             os.close(self._fd)  # the server took the empty file for a dead process's and removed it
 
-    def _still_there(self) -> bool:
-        try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._fd))
-        except FileNotFoundError:
-            return False
+    @property
+    def in_place(self) -> bool:
+        """Whether the server still finds it; no longer after the runtime dir was removed."""
+        return is_file_at(self._path, os.fstat(self._fd))
 
     def close(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
         os.close(self._fd)
+
+
+def is_file_at(path: Path, file: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), file)
+    except OSError:
+        return False
 
 
 def lock_now(fd: int) -> bool:

@@ -186,6 +186,11 @@ def read_entry(buffer: Buffer, geometry: Geometry, number: int) -> Entry | None:
     return Entry(*_ENTRY.unpack_from(raw))
 
 
+def is_blank(buffer: Buffer, geometry: Geometry, number: int) -> bool:
+    at = geometry.entry_at(number)
+    return buffer[at : at + ENTRY_BYTES] == _UNUSED
+
+
 def holds(buffer: Buffer, geometry: Geometry, slot: SlotRef, hash_: bytes) -> bool:
     """Whether the slot holds what LOOKUP said; asked before the first byte is read and after the last."""
     entry = read_entry(buffer, geometry, slot.number)

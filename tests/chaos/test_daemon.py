@@ -73,7 +73,7 @@ def test_a_whole_life_in_the_background(tmp_path: Path) -> None:
 
         assert cache_server("stop", *common).stdout == "stopped\n"
         assert "draining -> stopped" in log.read_text()
-        assert sorted(path.name for path in directory.iterdir()) == ["arena", "locks", "server.pid", "token"]
+        assert sorted(path.name for path in directory.iterdir()) == ["arena", "locks", "token"]
         assert cache_server("stop", *common).stdout.startswith("no server runs on")
 
         assert cache_server("run", "--daemon", *common).returncode == 0

@@ -1,0 +1,90 @@
+"""What the server's loop makes of frames: exactly one reply for each message, whatever happens inside."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cache_server import config as configuration
+from cache_server import runtime
+from cache_server.protocol import messages as m
+from cache_server.protocol.codec import encode
+from cache_server.protocol.keys import owner_of
+from cache_server.protocol.messages import Code
+from cache_server.server import Server
+from contract.frames import hostile_frames
+from contract.samples import REQUESTS
+
+PING = encode(m.Ping(id=5))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """One that does not run: its loop's steps are called."""
+    directory = tempfile.mkdtemp(prefix="cs-")
+    flags = {"dir": directory, "capacity": "16MiB", "http": "off"}
+    access = runtime.Access(None)
+    runtime.prepare(Path(directory), access)
+    server = Server(configuration.parse(configuration.gather(flags, {}, None)), access)
+    yield server
+    server.close()
+    shutil.rmtree(directory)
+
+
+def refusal(reply: m.Reply) -> str:
+    assert isinstance(reply, m.Refused), reply
+    return reply.code
+
+
+@pytest.mark.parametrize("frames", [[], [b"", PING], [PING, PING], [b""] * 50])
+def test_any_number_of_frames_but_one_is_malformed(server: Server, frames: list[bytes]):
+    reply = server._reply_to(frames)
+    assert refusal(reply) == Code.MALFORMED
+    assert f"{len(frames)} frames" in reply.detail
+
+
+@pytest.mark.parametrize("name", hostile_frames())
+def test_a_hostile_frame_is_refused_and_counted(server: Server, name: str):
+    reply = server._reply_to([hostile_frames()[name]])
+    assert refusal(reply) in (Code.MALFORMED, Code.TOO_LARGE, Code.UNKNOWN_OP)
+    assert len(encode(reply)) < 2_000, "a refusal is short, whatever it refuses"
+    assert server.service.counters.refused == {reply.code: 1}
+    assert server.service.counters.latency["invalid"].count == 1
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
+def test_every_op_has_a_reply_with_its_id_and_the_boot(server: Server, request_: m.Request):
+    reply = server._reply_to([encode(request_)])
+    assert (reply.id, reply.boot) == (request_.id, server.boot)
+    assert server.service.counters.served == 1
+
+
+def test_an_internal_error_is_a_refusal_and_the_loop_goes_on(
+    server: Server, caplog: pytest.LogCaptureFixture
+):
+    def broken(_: str) -> bool:
+        raise ZeroDivisionError
+
+    server.service._is_locked = broken
+    register = m.Register(
+        id=78,
+        version_min=1,
+        version_max=1,
+        engine="e",
+        role="scheduler",
+        namespace=b"n",
+        proof=f"{owner_of('e').hex()}.1",
+    )
+    for _ in range(30):
+        reply = server._reply_to([encode(register)])
+        assert (refusal(reply), reply.id, reply.boot) == (Code.INTERNAL, 78, server.boot)
+        assert "ZeroDivisionError" in reply.detail
+    assert len(caplog.records) == 20, "a stack trace for each of the first ones only"
+    assert isinstance(server._reply_to([PING]), m.Pong)
+
+
+def test_an_admin_token_is_wanted_for_everything(server: Server):
+    assert refusal(server._reply_to([encode(m.Clear(id=1, token="guess"))])) == Code.DENIED
+    assert isinstance(server._reply_to([encode(m.Clear(id=1, token=server.service.identity.token))]), m.Done)

@@ -1,0 +1,186 @@
+"""The runtime dir: made, guarded against a second server, tidied away."""
+
+import grp
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache_server.protocol.presence import ARENA, LOCKS, LOG, PID, SOCKET, TOKEN
+from cache_server.runtime import (
+    Access,
+    RuntimeDirError,
+    admin_token,
+    prepare,
+    purge,
+    read_pid,
+    running_pid,
+    sole_server,
+)
+
+SERVER = """
+import sys
+from pathlib import Path
+from cache_server.runtime import sole_server
+with sole_server(Path(sys.argv[1])):
+    print("serving", flush=True)
+    sys.stdin.read()
+"""
+OWNER_ONLY = Access(None)
+
+
+@pytest.fixture
+def runtime_dir(tmp_path: Path) -> Path:
+    prepare(tmp_path / "run", OWNER_ONLY)
+    return tmp_path / "run"
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# --- the directory
+
+
+def test_it_is_for_its_user_alone(runtime_dir: Path) -> None:
+    assert mode(runtime_dir) == mode(runtime_dir / LOCKS) == 0o700
+    prepare(runtime_dir, OWNER_ONLY)  # again is no matter
+
+
+def test_what_was_open_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o777)
+    prepare(tmp_path / "run", OWNER_ONLY)
+    assert mode(tmp_path / "run") == 0o700
+
+
+def test_it_opens_to_one_group(tmp_path: Path) -> None:
+    name = grp.getgrgid(os.getegid()).gr_name
+    access = Access.of_group(name)
+    prepare(tmp_path / "run", access)
+    assert mode(tmp_path / "run") == mode(tmp_path / "run" / LOCKS) == 0o2770
+    assert (tmp_path / "run").stat().st_gid == os.getegid()
+    (tmp_path / "run" / ARENA).touch()
+    access.open_file(tmp_path / "run" / ARENA)
+    assert mode(tmp_path / "run" / ARENA) == access.file_mode == 0o660
+    assert Access.of_group("") == OWNER_ONLY
+    assert OWNER_ONLY.file_mode == 0o600
+
+
+def test_an_unknown_group_is_named() -> None:
+    with pytest.raises(RuntimeDirError, match="group = 'no-such-group': this machine has no such group"):
+        Access.of_group("no-such-group")
+
+
+def test_a_file_in_its_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeDirError, match=r"file: File exists: choose another --dir"):
+        prepare(tmp_path / "file", OWNER_ONLY)
+    with pytest.raises(RuntimeDirError, match="Not a directory"):
+        prepare(tmp_path / "file" / "run", OWNER_ONLY)
+
+
+# --- one server
+
+
+def test_a_second_server_is_refused_with_the_first_ones_pid(runtime_dir: Path) -> None:
+    with sole_server(runtime_dir):
+        assert running_pid(runtime_dir) == read_pid(runtime_dir) == os.getpid()
+        with pytest.raises(RuntimeDirError, match=rf"a server \(pid {os.getpid()}\) already runs on it"):
+            sole_server(runtime_dir).__enter__()
+        assert running_pid(runtime_dir) == os.getpid()  # being refused has not disturbed the first
+    assert running_pid(runtime_dir) is None
+    assert read_pid(runtime_dir) is None
+    with sole_server(runtime_dir):
+        assert running_pid(runtime_dir) == os.getpid()
+
+
+@pytest.mark.parametrize("text", ["1\n", "garbage", "", "99999999999\n"])
+def test_a_pid_file_without_its_server_is_stale(runtime_dir: Path, text: str) -> None:
+    (runtime_dir / PID).write_text(text)
+    assert running_pid(runtime_dir) is None
+    with sole_server(runtime_dir):
+        assert running_pid(runtime_dir) == os.getpid()
+
+
+def test_no_pid_file_no_server(tmp_path: Path) -> None:
+    assert running_pid(tmp_path) is None
+    assert running_pid(tmp_path / "not there") is None
+
+
+@pytest.mark.chaos
+def test_a_killed_server_leaves_the_dir_free(runtime_dir: Path) -> None:
+    command = [sys.executable, "-c", SERVER, str(runtime_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"serving\n"
+        assert running_pid(runtime_dir) == server.pid
+        with pytest.raises(RuntimeDirError, match=str(server.pid)):
+            sole_server(runtime_dir).__enter__()
+        server.send_signal(signal.SIGKILL)
+    assert read_pid(runtime_dir) == server.pid
+    assert running_pid(runtime_dir) is None
+    with sole_server(runtime_dir):
+        assert running_pid(runtime_dir) == os.getpid()
+
+
+def test_a_server_that_ends_by_an_error_lets_go(runtime_dir: Path) -> None:
+    with pytest.raises(ZeroDivisionError), sole_server(runtime_dir):
+        raise ZeroDivisionError
+    assert running_pid(runtime_dir) is None
+
+
+def test_who_removes_the_pid_file_of_a_running_server_gets_no_second_one(runtime_dir: Path) -> None:
+    """Two servers on one arena would hand out the same slots."""
+    with sole_server(runtime_dir):
+        (runtime_dir / PID).unlink()  # somebody took it for stale
+        with pytest.raises(RuntimeDirError), sole_server(runtime_dir):
+            pass
+
+
+# --- the token
+
+
+def test_a_token_is_secret_and_kept(runtime_dir: Path) -> None:
+    token = admin_token(runtime_dir)
+    assert len(token) == 32
+    assert mode(runtime_dir / TOKEN) == 0o600
+    assert admin_token(runtime_dir) == token
+    assert (runtime_dir / TOKEN).read_text().strip() == token
+
+
+@pytest.mark.parametrize("spoil", ["others may read it", "it is empty"])
+def test_a_token_that_is_not_secret_is_made_anew(runtime_dir: Path, spoil: str) -> None:
+    token = admin_token(runtime_dir)
+    if spoil == "it is empty":
+        (runtime_dir / TOKEN).write_text("\n")
+    else:
+        (runtime_dir / TOKEN).chmod(0o640)
+    again = admin_token(runtime_dir)
+    assert again
+    assert again != token
+    assert mode(runtime_dir / TOKEN) == 0o600
+    assert admin_token(runtime_dir) == again
+
+
+# --- purge
+
+
+def test_purge_leaves_nothing(runtime_dir: Path) -> None:
+    for name in (SOCKET, ARENA, f"{ARENA}.new", TOKEN, LOG, PID, f"{LOCKS}/engine"):
+        (runtime_dir / name).touch()
+    purge(runtime_dir, runtime_dir / ARENA)
+    assert not runtime_dir.exists()
+    purge(runtime_dir, runtime_dir / ARENA)
+
+
+def test_purge_keeps_what_is_not_the_servers(runtime_dir: Path, tmp_path: Path) -> None:
+    arena = tmp_path / "arena elsewhere"
+    arena.touch()
+    (runtime_dir / "notes").touch()
+    purge(runtime_dir, arena)
+    assert not arena.exists()
+    assert [path.name for path in runtime_dir.iterdir()] == ["notes"]

@@ -1,0 +1,295 @@
+"""The arena file: made, taken over or replaced, and populated."""
+
+import dataclasses
+import fcntl
+import logging
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cache_server.protocol.slots import (
+    FORMAT_VERSION,
+    SLAB_POPULATED,
+    SLAB_RAW,
+    Geometry,
+    read_boots,
+    read_header,
+    read_slab,
+    write_slab,
+)
+from cache_server.shm import BLOCK_BYTES, ArenaError, ArenaFile, Populator, open_arena
+from processes import short_dir
+
+MIB = 1 << 20
+CAPACITY = 16 * MIB
+GEOMETRY = Geometry.of(CAPACITY)
+OWNER = b"an engine's mark"
+DEADLINE_S = 20.0
+
+Spoil = Callable[[Path], object]
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with short_dir() as directory:
+        yield directory / "arena"
+
+
+def make(path: Path, capacity: int = CAPACITY) -> ArenaFile:
+    file = open_arena(path, capacity, 0o600)
+    file.arena(1, 0)
+    return file
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end_s
+        os.sched_yield()
+
+
+def content(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb") as opened:
+        opened.seek(offset)
+        return opened.read(length)
+
+
+# --- made and taken over
+
+
+def test_a_fresh_arena_has_all_its_size_and_no_memory_yet(path: Path) -> None:
+    file = open_arena(path, CAPACITY, 0o600)
+    stat = path.stat()
+    assert stat.st_size == file.geometry.file_bytes == GEOMETRY.file_bytes
+    assert stat.st_mode & 0o777 == 0o600
+    assert stat.st_blocks * BLOCK_BYTES < MIB
+    assert read_header(memoryview(file.map)) == (GEOMETRY, file.id)
+    arena = file.arena(7, 9)
+    assert arena.raw_slabs == list(range(8))
+    assert read_boots(memoryview(file.map)) == (1, [(7, 9)])
+    assert [entry.name for entry in path.parent.iterdir()] == ["arena"]
+    assert file.in_place
+    file.close()
+
+
+def test_an_arena_is_taken_over_with_all_that_is_in_it(path: Path) -> None:
+    first = open_arena(path, CAPACITY, 0o600)
+    arena = first.arena(1, 0)
+    arena.populated(3)
+    (slot,) = arena.reserve(4096, 1, OWNER)
+    os.pwrite(first.fd, b"what was stored", slot.offset)
+    first.close()
+    second = open_arena(path, CAPACITY, 0o600)
+    assert second.id == first.id
+    taken = second.arena(2, 0)
+    assert taken.reserved == {OWNER: {slot.number: slot.generation}}
+    assert taken.raw_slabs == [0, 1, 2, 4, 5, 6, 7]
+    assert read_boots(memoryview(second.map))[0] == 2
+    assert content(path, slot.offset, 15) == b"what was stored"
+    assert taken.reserve(4096, 1, OWNER)[0].generation > slot.generation
+    second.close()
+
+
+def spoil_version(path: Path) -> None:
+    with path.open("r+b") as opened:
+        header = bytearray(opened.read(52))
+        struct.pack_into("<I", header, 8, FORMAT_VERSION + 1)
+        struct.pack_into("<I", header, 48, zlib.crc32(header[:48]))
+        opened.seek(0)
+        opened.write(header)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.write_bytes(b"no arena at all" * 1000), "the file begins with"),
+        (lambda path: path.write_bytes(b""), "the file has 0 bytes"),
+        (lambda path: path.write_bytes(b"short"), "the file has 5 bytes"),
+        (lambda path: os.truncate(path, 8192), "now"),
+        (lambda path: os.truncate(path, GEOMETRY.file_bytes - 1), "now"),
+        (lambda path: os.truncate(path, GEOMETRY.file_bytes + 4096), "now"),
+        (spoil_version, f"format version {FORMAT_VERSION + 1}"),
+    ],
+    ids=["garbage", "empty", "short", "cut off", "a byte too few", "too long", "another version"],
+)
+def test_what_is_no_arena_of_ours_is_replaced_and_that_is_said(
+    path: Path, spoil: Spoil, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = make(path)
+    old.close()
+    spoil(path)
+    new = open_arena(path, CAPACITY, 0o600)
+    assert new.id != old.id
+    assert path.stat().st_size == GEOMETRY.file_bytes
+    assert new.arena(1, 0).reserved == {}
+    assert why in caplog.text
+    assert "starts empty" in caplog.text
+    assert new.in_place
+    new.close()
+
+
+def test_another_capacity_starts_a_fresh_arena(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = make(path)
+    old.close()
+    new = open_arena(path, 2 * CAPACITY, 0o600)
+    assert new.id != old.id
+    assert new.geometry == Geometry.of(2 * CAPACITY)
+    assert f"made for {CAPACITY} bytes, now {2 * CAPACITY}" in caplog.text
+    new.close()
+
+
+def test_a_capacity_is_rounded_up_to_whole_slabs_and_then_the_same(path: Path) -> None:
+    first = make(path, CAPACITY - 5)
+    first.close()
+    second = make(path, CAPACITY)
+    assert second.id == first.id
+    second.close()
+
+
+def test_what_a_killed_server_had_not_finished_is_overwritten(path: Path) -> None:
+    unfinished = path.with_name("arena.new")
+    unfinished.write_bytes(b"half an arena" * 1000)
+    file = make(path)
+    assert read_header(memoryview(file.map))[0] == GEOMETRY
+    assert file.arena(1, 0).raw_slabs == list(range(8))
+    assert not unfinished.exists()
+    file.close()
+
+
+def test_a_file_that_was_removed_or_replaced_is_not_in_place(path: Path) -> None:
+    file = make(path)
+    path.unlink()
+    assert not file.in_place
+    path.write_bytes(b"another")
+    assert not file.in_place
+    file.close()
+
+
+# --- refused
+
+
+def test_too_little_memory_is_refused_before_the_old_arena_is_lost(path: Path) -> None:
+    first = make(path)
+    fcntl.flock(first.fd, fcntl.LOCK_UN)  # its server has ended
+    with pytest.raises(
+        ArenaError, match=r"MiB more are to be filled, but .* has .* MiB free: lower --capacity"
+    ):
+        open_arena(path, 1 << 50, 0o600)
+    assert first.in_place
+    again = make(path)
+    assert again.id == first.id
+    first.close()
+    again.close()
+
+
+def test_too_little_memory_leaves_nothing_behind(path: Path) -> None:
+    with pytest.raises(ArenaError, match="lower --capacity or free memory"):
+        open_arena(path, 1 << 50, 0o600)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_can_not_be_opened_is_named(path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(ArenaError, match=rf"arena {path}: Is a directory: check"):
+        open_arena(path, CAPACITY, 0o600)
+
+
+def test_what_can_not_be_made_is_named(path: Path) -> None:
+    path.with_name("arena.new").mkdir()
+    with pytest.raises(ArenaError, match=rf"arena {path}: can't make a file of {GEOMETRY.file_bytes} bytes"):
+        open_arena(path, CAPACITY, 0o600)
+
+
+# --- populated
+
+
+def populate(file: ArenaFile, slabs: list[int]) -> None:
+    populator = Populator(file, slabs)
+    populator.start()
+    finished: list[int] = []
+    wait_for(lambda: finished.extend(populator.take_finished()) or len(finished) == len(slabs))
+    assert finished == slabs
+    assert populator.take_finished() == []
+    assert populator.failure == ""
+    populator.stop()
+
+
+def test_populating_gives_every_page_its_memory(path: Path) -> None:
+    file = make(path)
+    populate(file, list(range(8)))
+    assert path.stat().st_blocks * BLOCK_BYTES >= CAPACITY
+    assert not any(content(path, GEOMETRY.data_at, CAPACITY))
+    assert path.stat().st_size == GEOMETRY.file_bytes
+    file.close()
+
+
+def test_only_the_slabs_that_were_named_are_touched(path: Path) -> None:
+    file = make(path)
+    marks = {slab: (b"bytes of slab %d." % slab) * (GEOMETRY.slab_bytes // 16) for slab in (0, 2, 7)}
+    for slab, mark in marks.items():
+        os.pwrite(file.fd, mark, GEOMETRY.slab_at(slab))
+    before = path.stat().st_blocks * BLOCK_BYTES
+    populate(file, [1, 3])
+    for slab, mark in marks.items():
+        assert content(path, GEOMETRY.slab_at(slab), GEOMETRY.slab_bytes) == mark
+    assert path.stat().st_blocks * BLOCK_BYTES - before == 2 * GEOMETRY.slab_bytes
+    file.close()
+
+
+def test_a_new_server_populates_what_the_last_one_had_not(path: Path) -> None:
+    file = make(path)
+    table = memoryview(file.map)
+    for slab in (0, 4):
+        write_slab(table, GEOMETRY, slab, SLAB_POPULATED)
+    write_slab(table, GEOMETRY, 5, 4096)
+    table.release()
+    file.close()
+    later = open_arena(path, CAPACITY, 0o600)
+    arena = later.arena(2, 0)
+    raw = arena.raw_slabs
+    assert raw == [1, 2, 3, 6, 7]
+    populate(later, raw)
+    table = memoryview(later.map)
+    assert [read_slab(table, GEOMETRY, slab) for slab in (1, 6)] == [SLAB_RAW] * 2
+    for slab in raw:
+        arena.populated(slab)
+    assert [read_slab(table, GEOMETRY, slab) for slab in (1, 5, 6)] == [SLAB_POPULATED, 4096, SLAB_POPULATED]
+    later.close()
+
+
+def test_failing_memory_is_said_and_does_not_stop_the_server(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = make(path)
+    closed = os.open(path, os.O_RDONLY)  # nothing can be written through it
+    populator = Populator(dataclasses.replace(file, fd=closed), [0, 1])
+    populator.start()
+    wait_for(lambda: populator.failure != "")
+    assert populator.take_finished() == []
+    populator.stop()  # at once, though it would try again later
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert "populating stopped" in caplog.text
+    os.close(closed)
+    file.close()
+
+
+def test_a_populator_that_never_started_can_be_stopped(path: Path) -> None:
+    file = make(path)
+    Populator(file, [0]).stop()
+    file.close()
+
+
+def test_a_stopped_populator_names_no_slab_that_it_has_not_finished(path: Path) -> None:
+    file = make(path)
+    populator = Populator(file, list(range(8)))
+    populator.start()
+    populator.stop()
+    finished = populator.take_finished()
+    assert path.stat().st_blocks * BLOCK_BYTES >= len(finished) * GEOMETRY.slab_bytes
+    assert finished == list(range(len(finished)))
+    file.close()
