@@ -56,39 +56,40 @@ Name = tuple[bytes, int, bytes]
 
 
 class Lrfu:
-    """As LRU, but a chunk counts as more recently used the more often it was used: each doubling of its uses
-    is worth half the usual stay.
+    """As LRU, but a chunk counts as more recently used the more often it was used: its first use and each
+    doubling are worth one usual stay.
 
-    The usual stay is how long the chunks that leave had lain unused; so the worth of a use follows the
-    capacity and the load, and no unit of time needs to be chosen.  Uses are remembered beyond eviction: a
-    chunk that is stored again was needed, and to need a chunk is to use it, whether it was there or not.
+    The usual stay is how long a chunk that was never used had lain there when it left.  So the worth of a use
+    follows capacity and load, and what is protected too well shortens it.
+    Uses are remembered beyond eviction: a chunk that is stored again was needed, there or not.
     """
 
-    _SHARE_BITS = 8  # the usual stay is an average over the last 2 ** 8 evictions or so
+    _AVERAGE_BITS = 8  # the usual stay is an average over some 2 ** 8 chunks
 
     def __init__(self, remembered: int = 65_536) -> None:
-        self._remembered = remembered  # evictions at least; at most twice as many, then in some 20 MB
+        self._remembered = remembered  # evicted chunks at least; at most twice as many, in some 20 MB
         self._uses: dict[Name, int] = {}  # of chunks that have left
         self._uses_before: dict[Name, int] = {}  # the same, an older generation
-        self._usual_stay = 0  # scaled by 2 ** _SHARE_BITS
+        self._usual_stay = 0  # scaled by 2 ** _AVERAGE_BITS
         self._now = 0
         self._watching_since: int | None = None
 
     def rank(self, chunk: Ranked) -> int:
         self._now = max(self._now, chunk.stamp)
-        half_stay = self._usual_stay >> (self._SHARE_BITS + 1)
-        return chunk.stamp + half_stay * self._uses_of(chunk).bit_length()
+        return chunk.stamp + (self._usual_stay >> self._AVERAGE_BITS) * self._uses_of(chunk).bit_length()
 
     def admitted(self, chunk: Ranked) -> None:
         self._now = max(self._now, chunk.stamp)
 
     def evicted(self, chunk: Ranked) -> None:
-        if self._watching_since is None:  # stamps from before a restart tell an order but no distance
+        if self._watching_since is None:  # across a restart, stamps tell an order but no distance
             self._watching_since = self._now
-        stay = self._now - max(chunk.stamp, self._watching_since)
-        self._usual_stay += stay - (self._usual_stay >> self._SHARE_BITS)
-        self._uses[_name(chunk)] = self._uses_of(chunk) + 1  # the use that will bring it back
-        if len(self._uses) == self._remembered:
+        uses = self._uses_of(chunk)
+        if not uses:
+            stay = self._now - max(chunk.stamp, self._watching_since)
+            self._usual_stay += stay - (self._usual_stay >> self._AVERAGE_BITS)
+        self._uses[_name(chunk)] = uses + 1  # the one that may bring it back
+        if len(self._uses) >= self._remembered:
             self._uses, self._uses_before = {}, self._uses
 
     def _uses_of(self, chunk: Ranked) -> int:

@@ -145,20 +145,21 @@ class Storage:
         """Builds the index from what earlier owners of the arena committed, parents first."""
         inherited, self.arena.inherited = self.arena.inherited, []
         waiting = {(entry.generation, number): entry for number, entry in inherited}
+        ages = {name: age for age, name in enumerate(sorted(waiting), 1)}  # policies measure with them
         restored: dict[tuple[int, int], Chunk] = {}
-        for name in sorted(waiting):
+        for name in ages:
             line: list[tuple[tuple[int, int], Entry]] = []  # it and its ancestors that still wait
             while (entry := waiting.pop(name, None)) is not None:
                 line.append((name, entry))
                 name = (entry.parent_generation, entry.parent_number)  # noqa: PLW2901
             for descendant, entry in reversed(line):
-                chunk = self._restore_one(descendant, entry, restored)
+                chunk = self._restore_one(descendant, entry, restored, ages[descendant])
                 if chunk is not None:
                     restored[descendant] = chunk
         self.restored = len(restored)
 
     def _restore_one(
-        self, name: tuple[int, int], entry: Entry, restored: dict[tuple[int, int], Chunk]
+        self, name: tuple[int, int], entry: Entry, restored: dict[tuple[int, int], Chunk], age: int
     ) -> Chunk | None:
         generation, number = name
         slot = SlotRef(self.arena.offset(number), generation, number)
@@ -168,4 +169,4 @@ class Storage:
         if orphan or entry.hash in space.chunks:
             self.arena.free(slot)
             return None
-        return self.index.adopt(space, entry.hash, parent, slot, generation)
+        return self.index.adopt(space, entry.hash, parent, slot, age)

@@ -239,6 +239,18 @@ def test_an_abort_that_names_a_slot_twice_is_answered(world: World, peer: Peer) 
     assert world.arena.reserved == {}
 
 
+def test_all_but_what_it_knows_of_comes_back_to_its_engine_alone(world: World, peer: Peer) -> None:
+    other = Peer(world, "other").start()
+    theirs, known = other.reserve(1), peer.reserve(3)
+    peer.reserve(2)  # the reply was lost
+    assert peer.abort([*known, *theirs], all_but=True) == 2
+    assert set(world.arena.reserved[peer.owner]) == {slot.number for slot in known}
+    assert len(world.arena.reserved[other.owner]) == 1
+    assert peer.abort([known[0]._replace(generation=1)], all_but=True) == 3
+    assert peer.abort([], all_but=True) == 0
+    assert peer.owner not in world.arena.reserved
+
+
 def test_slots_reserved_for_another_shape_can_only_be_given_back(world: World) -> None:
     peer = Peer(world).start()
     slots = peer.reserve(1)
