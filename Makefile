@@ -6,9 +6,11 @@ BIN := .venv/bin
 
 setup: .venv/ready
 
+# The CPU build of vLLM pins the CPU build of torch, and can't be imported beside the CUDA builds of the other three.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,engine]'
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 check: setup  ## lint, types, layers
@@ -22,6 +24,10 @@ test: setup
 
 demo: setup  ## store, look up, kill -9, warm restart, hit
 	$(BIN)/python -m cache_server.demo
+
+bench: setup  ## the server's figures, as JSON in out/; 6 minutes
+	mkdir -p out
+	$(BIN)/python -m bench.server --out out/server.json
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis out

@@ -5,6 +5,7 @@ import fcntl
 import grp
 import os
 import secrets
+import select
 import shutil
 import stat
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_server.protocol.presence import ARENA, LOCKS, LOG, PID, SOCKET, TOKEN, lock_now
+
+LOCK_TRIES = 20
+LOCK_PAUSE_S = 0.01
 
 
 class RuntimeDirError(Exception):
@@ -73,7 +77,7 @@ def sole_server(path: Path) -> Iterator[None]:
     a file in it could be taken for stale and removed."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if not lock_now(fd):
+        if not _lock_soon(fd):
             raise RuntimeDirError(
                 f"dir {path}: a server (pid {read_pid(path)}) already runs on it: "
                 "stop it with `cache-server stop`, or choose another --dir"
@@ -83,6 +87,15 @@ def sole_server(path: Path) -> Iterator[None]:
         (path / PID).unlink(missing_ok=True)
     finally:
         os.close(fd)
+
+
+def _lock_soon(fd: int) -> bool:
+    """`running_pid` holds the lock for an instant; a server holds it for good."""
+    for _ in range(LOCK_TRIES):
+        if lock_now(fd):
+            return True
+        select.select([], [], [], LOCK_PAUSE_S)
+    return False
 
 
 def read_pid(path: Path) -> int | None:

@@ -192,8 +192,9 @@ class Peer:
         assert self.commit(hashes, slots, parent, group) == bytes([m.Outcome.STORED] * len(hashes))
         return slots
 
-    def abort(self, slots: Sequence[SlotRef]) -> int:
-        request = m.Abort(id=1, session=self.sessions[0], slots=pack_slot_names(slots))
+    def abort(self, slots: Sequence[SlotRef], *, all_but: bool = False) -> int:
+        names = pack_slot_names(slots)
+        request = m.Abort(id=1, session=self.sessions[0], slots=names, all_but=all_but)
         return self.world.ask(request, m.Done).count
 
     def lookup(self, hashes: Sequence[bytes], request: str = "request") -> m.Found:

@@ -13,6 +13,7 @@ from cache_server.protocol.keys import SlotRef
 from cache_server.protocol.slots import (
     ENTRY_BYTES,
     NO_NUMBER,
+    SLAB_POPULATED,
     Geometry,
     SlotState,
     holds,
@@ -122,6 +123,8 @@ def test_an_empty_slab_takes_another_size(arena: Arena, file: memoryview) -> Non
     with pytest.raises(AssertionError, match="in use"):
         arena.uncut(arena.slab_of(slots[4].number))
     arena.uncut(arena.slab_of(slots[0].number))
+    assert read_slab(file, GEOMETRY, 0) == SLAB_POPULATED
+    assert Arena(memoryview(bytearray(file)), GEOMETRY, 2).available(ODD) == 1
     (big,) = arena.reserve(ODD, 1, A)
     assert big.offset == slots[0].offset
     assert read_slab(file, GEOMETRY, 0) == ODD

@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,28 @@ def test_a_second_server_is_refused_with_the_first_ones_pid(runtime_dir: Path) -
     assert read_pid(runtime_dir) is None
     with sole_server(runtime_dir):
         assert running_pid(runtime_dir) == os.getpid()
+
+
+def test_who_asks_for_the_running_server_keeps_none_from_starting(runtime_dir: Path) -> None:
+    """A tool looks at the lock by taking it: a server that starts at this moment has to outwait that."""
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            running_pid(runtime_dir)
+
+    asking = threading.Thread(target=ask)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    asking.start()
+    try:
+        for _ in range(1_000):
+            with sole_server(runtime_dir):
+                pass
+    finally:
+        sys.setswitchinterval(interval_s)
+        stop.set()
+        asking.join()
 
 
 @pytest.mark.parametrize("text", ["1\n", "garbage", "", "99999999999\n"])

@@ -454,6 +454,7 @@ def test_a_dead_engine_gives_back_what_it_had_after_the_grace(world: World, peer
     other = Peer(world, "other").start()
     peer.store(chain(1))
     peer.reserve(3)
+    other.reserve(2)
     peer.lookup(chain(1))
     other.lookup(chain(1))
     peer.kill()
@@ -461,7 +462,7 @@ def test_a_dead_engine_gives_back_what_it_had_after_the_grace(world: World, peer
     assert world.pass_ms(49) == []
     assert world.pass_ms(1) == ["engine (3 slots came back)"]
     assert world.pass_ms(100) == []
-    assert world.arena.reserved == {}
+    assert {owner: len(slots) for owner, slots in world.arena.reserved.items()} == {other.owner: 2}
     assert world.service.leases.of("engine") == 0
     assert world.service.leases.of("other") == 1
     assert refusal(world, m.Release(id=7, session=peer.sessions[0], requests=())) == Code.UNKNOWN_SESSION

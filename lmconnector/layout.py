@@ -1,0 +1,167 @@
+"""vLLM's KV cache -> regions of bytes, cache groups, and the namespace that tells whose bytes are alike.
+
+A block id belongs to one cache group at a time, and the groups lie over the same bytes: so one block is the
+same page in every region, whichever group owns it, and a part of a chunk is `blocks x pages` bytes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_utils import get_none_hash_seed
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from cache_server.protocol import messages as m
+from lmconnector.errors import UnsupportedError
+from lmconnector.geometry import ChunkLayout, GroupLayout
+
+FULL = (FullAttentionSpec, MLAAttentionSpec)
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+
+
+def chunk_layout(vllm_config: VllmConfig, kv_config: KVCacheConfig, chunk_tokens: int) -> ChunkLayout:
+    """Raises `UnsupportedError` for what can't be cached correctly."""
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise UnsupportedError(
+                f"{name} = {getattr(parallel, name)}: context parallelism is not supported"
+            )
+    if not kv_config.kv_cache_groups:
+        raise UnsupportedError("the model has no KV cache")
+    specs = [_attention_of(group) for group in kv_config.kv_cache_groups]
+    longest = max(spec.block_size for spec in specs)
+    chunk_tokens = max(chunk_tokens, longest)
+    hash_tokens = kv_config.hash_block_size or specs[0].block_size
+    for spec in specs:
+        if chunk_tokens % spec.block_size or chunk_tokens % hash_tokens:
+            raise UnsupportedError(
+                f"chunk_tokens = {chunk_tokens} is no multiple of the block size {spec.block_size} "
+                f"and of the hash's {hash_tokens}: set another chunk_tokens"
+            )
+    return ChunkLayout(chunk_tokens, hash_tokens, tuple(_group(spec, chunk_tokens) for spec in specs))
+
+
+def _attention_of(group: KVCacheGroupSpec) -> KVCacheSpec:
+    spec = group.kv_cache_spec
+    members = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
+    for member in members:
+        if type(member) not in (*FULL, SlidingWindowSpec) or len({type(each) for each in members}) > 1:
+            raise UnsupportedError(f"KV cache of the kind {type(member).__name__} is not supported")
+    if group.host_resident or group.is_eagle_group:
+        raise UnsupportedError("host-resident and draft-model KV cache groups are not supported")
+    return members[0]
+
+
+def _group(spec: KVCacheSpec, chunk_tokens: int) -> GroupLayout:
+    window = 0
+    if isinstance(spec, SlidingWindowSpec):
+        blocks = -(-(spec.sliding_window - 1 + spec.extra_retained_tokens) // spec.block_size)
+        window = max(1, -(-blocks * spec.block_size // chunk_tokens))
+    return GroupLayout(spec.block_size, chunk_tokens // spec.block_size, window)
+
+
+def block_regions(kv_config: KVCacheConfig, kv_caches: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Byte tensors [num_blocks, page bytes]: row b of all of them is block b."""
+    blocks = kv_config.num_blocks
+    regions: dict[tuple[int, int], torch.Tensor] = {}
+    for placed in kv_config.kv_cache_tensors:
+        name = next((name for name in placed.layers if name in kv_caches), None)
+        if name is None:
+            continue
+        storage = kv_caches[name].untyped_storage()
+        raw = torch.empty(0, dtype=torch.uint8, device=kv_caches[name].device).set_(storage)
+        if placed.layer_stride >= blocks * placed.block_stride:  # each layer by itself
+            span = raw[placed.offset : placed.offset + len(placed.layers) * placed.layer_stride]
+            found = list(span.view(-1, blocks, placed.block_stride))
+        else:  # all layers' pages of a block side by side
+            found = [raw[: blocks * placed.block_stride].view(blocks, placed.block_stride)]
+        for region in found:
+            regions.setdefault((region.data_ptr(), region.stride(0)), region)
+    if not regions:
+        raise UnsupportedError("vLLM registered no KV cache tensor of this model")
+    return list(regions.values())
+
+
+def page_bytes(regions: list[torch.Tensor]) -> int:
+    """Of one block, over all regions."""
+    return sum(int(region.shape[1]) for region in regions)
+
+
+def part_bytes(regions: list[torch.Tensor], group: GroupLayout) -> int:
+    return group.blocks_per_chunk * page_bytes(regions)
+
+
+def wire_layout(
+    vllm_config: VllmConfig,
+    kv_config: KVCacheConfig,
+    chunks: ChunkLayout,
+    regions: list[torch.Tensor],
+    kv_caches: dict[str, torch.Tensor],
+) -> m.Layout:
+    parallel = vllm_config.parallel_config
+    replicas = max(1, kv_config.kv_tp_replicas)
+    first = next(iter(kv_caches.values()))
+    return m.Layout(
+        groups=tuple(m.Group(part_bytes(regions, group), group.window) for group in chunks.groups),
+        layers=tuple(
+            m.Layer(name[-128:], tuple(cache.shape), tuple(cache.stride()), str(cache.dtype))
+            for name, cache in kv_caches.items()
+        ),
+        device=str(first.device),
+        dtype=str(first.dtype),
+        block_tokens=chunks.groups[0].block_tokens,
+        block_bytes=page_bytes(regions),
+        chunk_tokens=chunks.chunk_tokens,
+        part=parallel.rank // replicas,
+        parts=parallel.world_size // replicas,
+        tp=parallel.tensor_parallel_size,
+        tp_rank=parallel.rank % parallel.tensor_parallel_size,
+        pp=parallel.pipeline_parallel_size,
+        pp_rank=parallel.rank // parallel.tensor_parallel_size,
+    )
+
+
+def namespace(vllm_config: VllmConfig, kv_config: KVCacheConfig, chunks: ChunkLayout) -> bytes:
+    """Digest of all that makes KV bytes interchangeable and vLLM's block hash does not cover."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    load_format = str(vllm_config.load_config.load_format)
+    facts = {
+        "model": model.model,
+        "revision": model.revision,
+        "weights": _weights_id(Path(model.model)),
+        "load_format": load_format,
+        "dummy_seed": model.seed if load_format.endswith("dummy") else None,
+        "dtype": str(model.dtype),
+        "quantization": model.quantization,
+        "hf_overrides": str(model.hf_overrides),
+        "cache_dtype": cache.cache_dtype,
+        "hash_algorithm": cache.prefix_caching_hash_algo,
+        "hash_seed": str(get_none_hash_seed()),
+        "layout": kv_config.kv_cache_layout,
+        "chunks": [chunks.chunk_tokens, chunks.hash_tokens],
+        "groups": [
+            [type(group.kv_cache_spec).__name__, group.kv_cache_spec.block_size, len(group.layer_names)]
+            for group in kv_config.kv_cache_groups
+        ],
+        "parallel": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size],
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=32).digest()
+
+
+def _weights_id(folder: Path) -> list[list[object]]:
+    """Other weights under the same path are another model; a model of a hub is told by its revision."""
+    if not folder.is_dir():
+        return []
+    files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,0 +1,116 @@
+"""A connection to the cache server.  The only module here that knows ZeroMQ.
+
+A link belongs to the thread that made it; only `wake` may be called from another.
+"""
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from cache_server.protocol import messages as m
+from cache_server.protocol.codec import ProtocolError, decode_reply, encode
+from cache_server.protocol.presence import SOCKET
+
+REQUESTS_WAITING_MAX = 64  # for a server that does not read
+EVENTS_MAX = 256  # of one `poll`: a peer that floods us does not keep us from judging it
+RECONNECT_MS = 20  # a unix socket costs nothing to try
+RECONNECT_MS_MAX = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Connected: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """Bytes that are no reply: whoever is there is not our server, or not a sane one."""
+
+    detail: str
+
+
+Event = m.Reply | Connected | Disconnected | Garbage
+
+
+class Link(Protocol):
+    def send(self, request: m.Request) -> bool:
+        """Never waits; false: there is no connection, or nobody reads it."""
+        ...
+
+    def poll(self, timeout_ms: int) -> list[Event]: ...
+
+    def wake(self) -> None:
+        """Ends the `poll` of another thread."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ZmqLink:
+    def __init__(self, runtime_dir: Path) -> None:
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()  # around each use of the fd's number by `wake` and `close`
+        self._closed = False
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # a dead server collects no requests
+        self._socket.setsockopt(zmq.SNDHWM, REQUESTS_WAITING_MAX)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, m.FRAME_BYTES_MAX)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+        )
+        self._socket.connect(f"ipc://{runtime_dir / SOCKET}")
+        self._poller = zmq.Poller()
+        for source in (self._socket, self._monitor, self._wake_fd):
+            self._poller.register(source, zmq.POLLIN)
+
+    def send(self, request: m.Request) -> bool:
+        try:
+            self._socket.send(encode(request), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def poll(self, timeout_ms: int) -> list[Event]:
+        if self._wake_fd in dict(self._poller.poll(timeout_ms)):
+            os.eventfd_read(self._wake_fd)
+        events: list[Event] = []
+        # What became of the connection first: of a new one there is no message yet, an old one's are void.
+        while len(events) < EVENTS_MAX and self._monitor.poll(0):
+            happened = parse_monitor_message(self._monitor.recv_multipart())
+            events.append(Disconnected() if happened["event"] == zmq.Event.DISCONNECTED else Connected())
+        while len(events) < EVENTS_MAX and self._socket.poll(0):
+            events.append(self._receive())
+        return events
+
+    def wake(self) -> None:
+        with self._wake_lock:
+            if not self._closed:  # else the number may be somebody else's by now
+                os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        with self._wake_lock:
+            self._closed = True
+            os.close(self._wake_fd)
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+        self._context.term()
+
+    def _receive(self) -> Event:
+        frames = self._socket.recv_multipart()
+        try:
+            return decode_reply(frames[-1]) if len(frames) == 1 else Garbage(f"{len(frames)} frames")
+        except ProtocolError as error:
+            return Garbage(str(error))

@@ -1,0 +1,115 @@
+"""Slots reserved ahead of need.  vLLM's scheduler thread only.
+
+A slot is in the stock, or it is *out*: workers copy into it, or its commit is on its way.  When a reply is
+lost, nobody here knows what became of some slots; then the server is told which ones we know of, and takes
+the rest back.
+"""
+
+from cache_server.protocol import messages as m
+from cache_server.protocol.keys import SlotRef, pack_slot_names, split_slot_refs
+from cache_server.protocol.messages import Code
+from lmconnector.client import Client
+from lmconnector.gate import Gate
+
+RETRY_MS = 1_000  # after a refusal: there is no space, or no server
+
+
+class Stock:
+    def __init__(self, client: Client, gate: Gate, groups: int, target: int, deadline_ms: int) -> None:
+        self.part_offsets: dict[int, tuple[int, ...]] = {}
+        self._client = client
+        self._gate = gate
+        self._slots: list[list[SlotRef]] = [[] for _ in range(groups)]
+        self._out: dict[SlotRef, None] = {}
+        self._asked = [False] * groups
+        self._target = target
+        self._deadline_ms = deadline_ms
+        self._not_before_ms = 0
+        self._unsure = False  # the server may think that we hold more than we do
+        self._arena = b""
+
+    def take(self, group: int) -> SlotRef | None:
+        if not self._slots[group]:
+            return None
+        slot = self._slots[group].pop()
+        self._out[slot] = None
+        return slot
+
+    def put_back(self, group: int, slot: SlotRef) -> None:
+        del self._out[slot]
+        self._slots[group].append(slot)
+
+    def settled(self, slots: list[SlotRef]) -> None:
+        """The server has answered their commit."""
+        for slot in slots:
+            self._out.pop(slot, None)
+
+    def lost(self, slots: list[SlotRef]) -> None:
+        """Whether they were committed is not known, or they won't be."""
+        self.settled(slots)
+        self._unsure = True
+
+    def refill(self, now_ms: int) -> None:
+        """Asks for what is missing; the reply comes with some later step."""
+        if not self._gate.usable:
+            return
+        if self._arena != self._gate.arena:
+            self._forget(self._gate.arena)
+        if now_ms < self._not_before_ms or any(self._asked):
+            return
+        if self._unsure:
+            self._tell_what_we_hold(now_ms)
+            return
+        for group, slots in enumerate(self._slots):
+            if len(slots) <= self._target // 2:
+                self._ask(group, now_ms)
+
+    def give_back(self) -> None:
+        """All that is not out."""
+        for slots in self._slots:
+            slots.clear()
+        self._tell_what_we_hold(0)
+
+    def _forget(self, arena: bytes) -> None:
+        """Another arena: what we held is no more."""
+        self._arena = arena
+        self._out.clear()
+        for slots in self._slots:
+            slots.clear()
+
+    def _ask(self, group: int, now_ms: int) -> None:
+        arena = self._arena
+
+        def take(reply: m.Reply | None) -> None:
+            self._asked[group] = False
+            if isinstance(reply, m.Reserved) and arena == self._arena:
+                self._slots[group] += reversed(split_slot_refs(reply.slots))
+                self.part_offsets[group] = reply.part_offsets
+                return
+            self._unsure |= reply is None
+            code = reply.code if isinstance(reply, m.Refused) else ""
+            if code in (Code.TOO_LARGE, Code.BUSY) and self._target > 1:
+                self._target //= 2  # the server has a bound for what one engine holds
+            if code != Code.TOO_LARGE:
+                self._not_before_ms = now_ms + RETRY_MS
+
+        self._asked[group] = True
+        count = self._target - len(self._slots[group])
+        request = m.Reserve(id=self._client.next_id(), session=self._gate.session, group=group, count=count)
+        self._client.send(request, self._deadline_ms, take)
+
+    def _tell_what_we_hold(self, now_ms: int) -> None:
+        held = [*self._out, *(slot for slots in self._slots for slot in slots)]
+
+        def check(reply: m.Reply | None) -> None:
+            self._unsure = not isinstance(reply, m.Done)
+            if self._unsure:
+                self._not_before_ms = now_ms + RETRY_MS
+
+        request = m.Abort(
+            id=self._client.next_id(),
+            session=self._gate.session,
+            slots=pack_slot_names(held),
+            all_but=True,
+        )
+        self._client.send(request, self._deadline_ms, check)
