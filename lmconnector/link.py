@@ -5,6 +5,7 @@ A link belongs to the thread that made it; only `wake` may be called from anothe
 
 import os
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -70,7 +71,9 @@ class ZmqLink:
         self._monitor = self._socket.get_monitor_socket(
             zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
         )
-        self._socket.connect(f"ipc://{runtime_dir / SOCKET}")
+        self._address = f"ipc://{runtime_dir / SOCKET}"
+        self._socket.connect(self._address)
+        self._lost_s = 0.0  # when the connection was, if it is not back
         self._poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake_fd):
             self._poller.register(source, zmq.POLLIN)
@@ -79,6 +82,7 @@ class ZmqLink:
         try:
             self._socket.send(encode(request), zmq.NOBLOCK)
         except zmq.Again:
+            self._connect_anew()
             return False
         return True
 
@@ -86,10 +90,12 @@ class ZmqLink:
         if self._wake_fd in dict(self._poller.poll(timeout_ms)):
             os.eventfd_read(self._wake_fd)
         events: list[Event] = []
-        # What became of the connection first: of a new one there is no message yet, an old one's are void.
+        # What became of the connection first: what is there to read was said by the newest one.
         while len(events) < EVENTS_MAX and self._monitor.poll(0):
             happened = parse_monitor_message(self._monitor.recv_multipart())
-            events.append(Disconnected() if happened["event"] == zmq.Event.DISCONNECTED else Connected())
+            lost = happened["event"] == zmq.Event.DISCONNECTED
+            self._lost_s = time.monotonic() if lost else 0.0
+            events.append(Disconnected() if lost else Connected())
         while len(events) < EVENTS_MAX and self._socket.poll(0):
             events.append(self._receive())
         return events
@@ -107,6 +113,15 @@ class ZmqLink:
         self._monitor.close()
         self._socket.close()
         self._context.term()
+
+    def _connect_anew(self) -> None:
+        """ZeroMQ tries again by itself, except after a peer that broke its protocol: a later one is not to
+        pay for that."""
+        now_s = time.monotonic()
+        if self._lost_s and now_s - self._lost_s > RECONNECT_MS_MAX / 1_000:
+            self._lost_s = now_s
+            self._socket.disconnect(self._address)
+            self._socket.connect(self._address)
 
     def _receive(self) -> Event:
         frames = self._socket.recv_multipart()
