@@ -47,11 +47,13 @@ def run(config: Config, ready_fd: int | None = None) -> None:
 
 
 def _run_once(config: Config, access: runtime.Access, ready_fd: int | None) -> Ending:
-    server = Server(config, access)
-    http = None
-    try:
-        if config.http != OFF:
-            http = HttpSide(config.http, lambda: server.snapshot)
+    with contextlib.ExitStack() as open_things:
+        http = None
+        if config.http != OFF:  # first: a start that is refused for its port has touched nothing else
+            http = open_things.enter_context(contextlib.closing(HttpSide(config.http)))
+        server = open_things.enter_context(contextlib.closing(Server(config, access)))
+        if http is not None:
+            http.start(lambda: server.snapshot)
         _take_signals(server)
         if ready_fd is not None:
             os.write(ready_fd, b"\n")
@@ -61,10 +63,6 @@ def _run_once(config: Config, access: runtime.Access, ready_fd: int | None) -> E
         ending = server.run(notify.alive)
         notify.say("STOPPING=1")
         return ending
-    finally:
-        if http is not None:
-            http.close()
-        server.close()
 
 
 def run_in_background(config: Config) -> int:

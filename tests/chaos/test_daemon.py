@@ -178,6 +178,7 @@ def test_a_taken_http_port_is_refused() -> None:
         )
         assert background.returncode == 1
         assert "choose another --http, or off" in background.stderr
+        assert not (directory / "arena").exists()
 
 
 def test_http_serves_metrics_and_status() -> None:

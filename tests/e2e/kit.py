@@ -18,6 +18,7 @@ from e2e import engine
 
 START_DEADLINE_S = 240.0
 ANSWER_DEADLINE_S = 120.0
+STOP_DEADLINE_S = 20.0
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -78,12 +79,14 @@ class Engine:
         return self.log.read_text(errors="replace")
 
     def close(self) -> None:
-        """The whole session of processes that it is: vLLM's workers too."""
+        """In good order, or vLLM leaves shared memory behind; then whatever is left of its session."""
+        self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_DEADLINE_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._reader.join()
-        self.process.stdin.close()
         self.process.stdout.close()
         self._err.close()
 

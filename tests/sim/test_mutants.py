@@ -163,8 +163,6 @@ class ForgivesAtOnce(Health):
 
 
 class UsesASlowServer(Health):
-    """Whose answers come, and come too late."""
-
     def _judge(self, pong: Pong, prompt: bool, now_ms: int) -> None:
         super()._judge(pong, True, now_ms)
 
@@ -201,8 +199,6 @@ class JudgesBeforeListening(Heartbeat):
 
 
 class JudgesByALaterClock(Heartbeat):
-    """Than the one of its last look at the link."""
-
     def step(self) -> None:
         assert self._link is not None
         for event in self._link.poll(max(0, self.health.wake_at_ms - self._clock())):
@@ -229,8 +225,6 @@ class BelievesOldRefusals(Heartbeat):
 
 
 class ShutsTheGateLate(Heartbeat):
-    """Operations go on to wait in vain until the heartbeat has its turn."""
-
     def disappointed(self) -> None:
         self._say(self._take_disappointment)
 

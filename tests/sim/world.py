@@ -212,8 +212,9 @@ class World:
         assert self.changes[settled:] == [], "changes although nothing happens"
 
     def _calm_down(self) -> None:
+        """Until the last of the trouble is known and over."""
         calm_ms = self.now_ms
-        while self.now_ms < calm_ms + CALM_MS:
+        while self.now_ms < calm_ms + CALM_MS + self.timing.hang_found_within_ms:
             self._turn()
             if not self.server.serves or not self.server.connected or self.checkers.registering:
                 calm_ms = self.now_ms

@@ -7,17 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmconnector.health import (
-    JITTER_PERCENT,
-    TRANSITIONS,
-    Change,
-    Health,
-    Ping,
-    Pong,
-    Recover,
-    State,
-    Timing,
-)
+from lmconnector.health import JITTER_PERCENT, TRANSITIONS, Change, Health, Ping, Pong, Recover, State, Timing
 
 BOOT = 7
 TIMINGS = [
