@@ -8,10 +8,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cache_server.client import Client, RefusedError
+from cache_server.client import Client
 from cache_server.protocol import messages as m
 from cache_server.protocol.keys import SlotRef, pack_slot_names, split_slot_refs
-from cache_server.protocol.messages import Code
 from cache_server.protocol.presence import Presence, presence_name
 from cache_server.protocol.slots import FormatError, holds, read_header
 
@@ -134,7 +133,3 @@ class Session:
         self._geometry, arena_id = read_header(self._view)
         if arena_id != arena.id:
             raise FormatError(f"{arena.path} is not the arena that the server announced")
-
-
-def is_forgotten(error: RefusedError) -> bool:
-    return error.code == Code.UNKNOWN_SESSION

@@ -177,7 +177,7 @@ class SchedulerSide:
 
     def take_loads(self) -> Plan:
         """The step's plan so far; nothing here can fail, for vLLM counts on these loads."""
-        plan = Plan(self._gate.arena, self._part_offsets | self.stores.stock.part_offsets, self._loads)
+        plan = Plan(self._gate.arena, dict(self._part_offsets), self._loads)
         self._loads = []
         return plan
 
