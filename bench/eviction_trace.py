@@ -251,7 +251,7 @@ def replay(prompts: Sequence[Prompt], new_policy: Callable[[], Policy], capacity
         hits += found
         last: Chunk | None = None
         if found:
-            last = index.use(space, prompt, found)[-1]
+            (last,) = index.use(space, prompt, found).ends
             index.lease(last)
         kept = prompt[found:capacity]
         excess = len(index) + len(kept) - capacity

@@ -99,12 +99,16 @@ class Workplace:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.environment: dict[str, str] = {}  # beside the clean one
         self.echo_path = path / "echo.sock"
         self.echo_pid = 0
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=clean_environment(), stdin=subprocess.DEVNULL
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**clean_environment(), **self.environment},
+            stdin=subprocess.DEVNULL,
         )
         self.processes.append(process)
         return process
@@ -264,7 +268,7 @@ def machine() -> dict[str, str | int]:
 def provenance() -> dict[str, str | bool]:
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "changed_since": bool(_git("status", "--porcelain", "--", "cache_server", "bench")),
+        "changed_since": bool(_git("status", "--porcelain", "--", "cache_server", "lmconnector", "bench")),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

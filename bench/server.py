@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench import server_growth, server_latency, server_load, server_start, server_workers
 from bench.kit import bounded, machine, provenance
+from bench.picture import Chart, bar_of, picture
 
 PARTS = {
     "start": server_start,
@@ -41,6 +42,15 @@ def main() -> None:
         print(f"\n{name}", file=sys.stderr)
         for what, value in PARTS[name].summary(figures):
             print(f"  {what:36} {value}", file=sys.stderr)
+    if latency := report["figures"].get("latency"):
+        options.out.with_suffix(".svg").write_text(picture(chart(latency, report)))
+
+
+def chart(latency: dict, report: dict) -> Chart:
+    kinds = [name for name in latency if isinstance(latency[name], dict)]
+    groups = {name.replace("_", " "): [bar_of(latency[name]["ratio_p50"])] for name in kinds}
+    note = f"{report['machine']['cpu']}, commit {report['commit'][:7]}; PING: at most 1.5, LOOKUP: at most 2"
+    return Chart("Round trips, as a multiple of a bare echo's", "x", ["ratio"], groups, note=note)
 
 
 if __name__ == "__main__":

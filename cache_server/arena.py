@@ -48,6 +48,9 @@ class Slab:
     slot_bytes: int = 0  # 0: not cut into slots
     free: list[int] = field(default_factory=list)
     used: int = 0
+    reserved: int = 0  # of the used ones
+    closed: bool = False  # nothing is reserved in it: it is to become empty
+    last_use: int = 0  # by the index's clock; what was learned when it was to become empty, and did not
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,14 @@ class Arena:
     def slabs_of(self, slot_bytes: int) -> list[Slab]:
         return [self._slabs[number] for number in self._by_size.get(slot_bytes, ())]
 
+    def numbers(self, slab: Slab) -> range:
+        """Of its slots."""
+        first = slab.number * self.geometry.entries_per_slab
+        return range(first, first + self.slots_per_slab(slab.slot_bytes))
+
+    def entry(self, number: int) -> Entry | None:
+        return read_entry(self._table, self.geometry, number)
+
     @property
     def slot_sizes(self) -> list[int]:
         return list(self._by_size)
@@ -119,14 +130,14 @@ class Arena:
 
     def available(self, slot_bytes: int) -> int:
         """How many slots can be reserved without taking any from anybody."""
-        cut = sum(len(slab.free) for slab in self.slabs_of(slot_bytes))
+        cut = sum(len(slab.free) for slab in self._open_slabs_of(slot_bytes))
         return cut + len(self._uncut) * self.slots_per_slab(slot_bytes)
 
     def reserve(self, slot_bytes: int, count: int, owner: bytes) -> list[SlotRef]:
         assert slot_bytes % SLOT_ALIGN == 0
         assert count <= self.available(slot_bytes), "make room first"
         refs: list[SlotRef] = []
-        for slab in self.slabs_of(slot_bytes):
+        for slab in self._open_slabs_of(slot_bytes):
             self._reserve_in(slab, count - len(refs), owner, refs)
         while len(refs) < count:
             self._reserve_in(self._cut(slot_bytes), count - len(refs), owner, refs)
@@ -157,7 +168,7 @@ class Arena:
         del self._by_size[slab.slot_bytes][slab.number]
         if not self._by_size[slab.slot_bytes]:
             del self._by_size[slab.slot_bytes]
-        slab.slot_bytes, slab.free = 0, []
+        slab.slot_bytes, slab.free, slab.closed, slab.last_use = 0, [], False, 0
         self._uncut[slab.number] = None
 
     def reserved_bytes(self, owner: bytes) -> int:
@@ -184,6 +195,9 @@ class Arena:
             waste=waste,
         )
 
+    def _open_slabs_of(self, slot_bytes: int) -> list[Slab]:
+        return [slab for slab in self.slabs_of(slot_bytes) if not slab.closed]
+
     def _adopt(self, slab: Slab) -> None:
         record = read_slab(self._table, self.geometry, slab.number)
         if record == SLAB_RAW:
@@ -196,9 +210,8 @@ class Arena:
     def _adopt_slots(self, slab: Slab, slot_bytes: int) -> None:
         slab.slot_bytes = slot_bytes
         self._by_size.setdefault(slot_bytes, {})[slab.number] = None
-        first = slab.number * self.geometry.entries_per_slab
-        for number in range(first, first + self.slots_per_slab(slot_bytes)):
-            entry = read_entry(self._table, self.geometry, number)
+        for number in self.numbers(slab):
+            entry = self.entry(number)
             if entry is None and not is_blank(self._table, self.geometry, number):
                 # Torn.  Made whole at once, or a second tear could bring back what was before the first.
                 self._write(number, SlotState.FREE, self._last_generation, NOBODY)
@@ -210,6 +223,7 @@ class Arena:
                 self._committed_bytes += slot_bytes
                 self.inherited.append((number, entry))
             else:
+                slab.reserved += 1
                 self.reserved.setdefault(entry.owner, {})[number] = entry.generation
                 self._reserved_bytes[entry.owner] += slot_bytes
         slab.free.reverse()  # the lowest number goes out first
@@ -218,8 +232,7 @@ class Arena:
         slab = self._slabs[next(iter(self._uncut))]
         del self._uncut[slab.number]
         slab.slot_bytes = slot_bytes
-        first = slab.number * self.geometry.entries_per_slab
-        slab.free = list(range(first + self.slots_per_slab(slot_bytes) - 1, first - 1, -1))
+        slab.free = list(reversed(self.numbers(slab)))
         self._by_size.setdefault(slot_bytes, {})[slab.number] = None
         write_slab(self._table, self.geometry, slab.number, slot_bytes)
         return slab
@@ -231,6 +244,7 @@ class Arena:
         for _ in range(taken):
             number = slab.free.pop()
             slab.used += 1
+            slab.reserved += 1
             self._last_generation += 1
             generation = self._last_generation
             mine[number] = generation
@@ -240,7 +254,9 @@ class Arena:
     def _unreserve(self, owner: bytes, number: int) -> int:
         mine = self.reserved[owner]
         generation = mine.pop(number)
-        self._reserved_bytes[owner] -= self.slab_of(number).slot_bytes
+        slab = self.slab_of(number)
+        slab.reserved -= 1
+        self._reserved_bytes[owner] -= slab.slot_bytes
         if not mine:
             del self.reserved[owner], self._reserved_bytes[owner]
         return generation

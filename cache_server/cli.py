@@ -3,14 +3,16 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cache_server import __version__
 from cache_server import config as configuration
-from cache_server.config import ConfigError
+from cache_server.config import Config, ConfigError
+from cache_server.values import duration_ms
 
 EXIT_FAILED = 1
-EXIT_USAGE = 2
+EXIT_USAGE = EXIT_UNKNOWN = 2
 TOOLS = {
     "status": "what the server holds and does",
     "ping": "ask whether it answers, and how fast",
@@ -18,6 +20,22 @@ TOOLS = {
     "workers": "the engine processes it knows",
     "top": "a live table",
 }
+PROBES = {
+    "live": "does it move? A restart would help if not",
+    "ready": "may traffic come?",
+    "deep": "does a whole job work: store, look up, read back?",
+}
+ORDERS = {
+    "pause": "take no new work; what is held is kept (ends by itself after pause_limit)",
+    "resume": "take work again",
+}
+HOLDS = {
+    "hold": "keep readiness red for an owner; it serves on, and the hold ends by itself after --ttl",
+    "unhold": "end that owner's hold",
+}
+HOLD_TTL = duration_ms("1s", "24h")
+OWNER_CHARACTERS_MAX = 64
+REASON_CHARACTERS_MAX = 200
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,22 +62,83 @@ def _run(options: argparse.Namespace) -> int:
         from cache_server import tools  # noqa: PLC0415  the server starts without them
 
         return tools.run(options.verb, config.runtime_dir, as_json=getattr(options, "json", False))
-    from cache_server import daemon  # noqa: PLC0415  the tools start without it
+    if options.verb == "check":
+        from cache_server import check  # noqa: PLC0415
+
+        return check.run(config, options.probe)
+    if options.verb == "k8s-probes":
+        return _print_probes(config, by_exec=options.exec)
+    return _hold(config, options) if options.verb in HOLDS else _operate(config, options)
+
+
+def _operate(config: Config, options: argparse.Namespace) -> int:
+    from cache_server import control, daemon, orders, runtime  # noqa: PLC0415  the tools start without them
 
     try:
         match options.verb:
             case "stop":
-                running = daemon.stop(config, purge=options.purge)
+                running = control.stop(config, purge=options.purge)
                 print("stopped" if running else f"no server runs on {config.dir}", end="")
                 print("; its files are removed" if options.purge else "")
+            case "pause" | "resume":
+                control.order(config, orders.PAUSE if options.verb == "pause" else orders.RESUME)
             case "run" if options.daemon:
                 print(f"serving {config.dir}, pid {daemon.run_in_background(config)}")
             case _:
                 daemon.log_to_stderr(config.log_level)
                 daemon.run(config)
-    except daemon.StartError as error:
+    except runtime.CannotTellError as error:
+        print(f"cache-server: {error}", file=sys.stderr)
+        return EXIT_UNKNOWN
+    except (daemon.StartError, control.ControlError, runtime.RuntimeDirError) as error:
         print(f"cache-server: {error}", file=sys.stderr)
         return EXIT_FAILED
+    return 0
+
+
+def _hold(config: Config, options: argparse.Namespace) -> int:
+    from cache_server import hold_file  # noqa: PLC0415  the server's start needs none of it
+    from cache_server.clock import monotonic_ms  # noqa: PLC0415
+    from cache_server.holds import Hold  # noqa: PLC0415
+
+    now_ms = monotonic_ms()
+    try:
+        if options.verb == "hold":
+            until_ms = now_ms + options.ttl
+            hold_file.hold(config.runtime_dir, Hold(options.owner, options.reason, until_ms), now_ms)
+        elif not hold_file.unhold(config.runtime_dir, options.owner, now_ms):
+            print(f"cache-server: {options.owner} holds nothing", file=sys.stderr)
+            return EXIT_FAILED
+    except (hold_file.HoldError, OSError) as error:
+        print(f"cache-server: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def _text(most: int) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not 1 <= len(text.strip()) <= most or not text.isprintable():
+            raise argparse.ArgumentTypeError(f"expected 1 to {most} printable characters")
+        return text.strip()
+
+    return parse
+
+
+def _ttl(text: str) -> int:
+    try:
+        return HOLD_TTL(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _print_probes(config: Config, *, by_exec: bool) -> int:
+    from cache_server.probes import ProbeError, as_yaml, probes  # noqa: PLC0415  nobody else needs them
+
+    try:
+        print(as_yaml(probes(config, by_exec=by_exec)))
+    except ProbeError as error:
+        print(f"cache-server: {error}", file=sys.stderr)
+        return EXIT_USAGE
     return 0
 
 
@@ -84,5 +163,19 @@ def _parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, parents=[common], help=text)
         if name in ("status", "workers"):
             verb.add_argument("--json", action="store_true", help="for machines")
+    for name, text in ORDERS.items():
+        verbs.add_parser(name, parents=[common], help=text)
+    for name, text in HOLDS.items():
+        verb = verbs.add_parser(name, parents=[common], help=text)
+        verb.add_argument("--owner", required=True, type=_text(OWNER_CHARACTERS_MAX), help="who holds")
+        if name == "hold":
+            verb.add_argument("--ttl", required=True, type=_ttl, help="1s to 24h; said again it is prolonged")
+            verb.add_argument("--reason", required=True, type=_text(REASON_CHARACTERS_MAX), help="for people")
+    verb = verbs.add_parser("check", parents=[common], help="is it well? exit 0: yes, 1: no, 2: can't tell")
+    probes = verb.add_mutually_exclusive_group(required=True)
+    for name, text in PROBES.items():
+        probes.add_argument(f"--{name}", dest="probe", action="store_const", const=name, help=text)
+    verb = verbs.add_parser("k8s-probes", parents=[common], help="probes for Kubernetes, for these options")
+    verb.add_argument("--exec", action="store_true", help="by `check` in the container, not over HTTP")
     verbs.add_parser("config", parents=[common], help="the effective options and where each comes from")
     return parser

@@ -8,7 +8,8 @@ from typing import TypeVar
 import zmq
 
 from cache_server.protocol import messages as m
-from cache_server.protocol.codec import decode_reply, encode
+from cache_server.protocol.codec import ProtocolError, decode_reply, encode
+from cache_server.protocol.messages import Code
 from cache_server.protocol.presence import SOCKET
 
 R = TypeVar("R", bound=m.Reply)
@@ -50,7 +51,8 @@ class Client:
         return next(self._ids)
 
     def ask(self, request: m.Request, expected: type[R]) -> R:
-        """Raises `RefusedError` with the server's reason, `UnreachableError` without a server."""
+        """Raises `RefusedError` with the server's reason, `UnreachableError` without a server, and
+        `ProtocolError` where a peer answers that does not speak as we do."""
         self._socket.send(encode(request))
         while self._socket.poll(self.timeout_ms):
             reply = decode_reply(self._socket.recv())
@@ -58,7 +60,9 @@ class Client:
                 continue  # to a request that was given up
             if isinstance(reply, m.Refused):
                 raise RefusedError(reply)
-            assert isinstance(reply, expected), f"{type(request).__name__} answered by {type(reply).__name__}"
+            if not isinstance(reply, expected):
+                answered = f"{type(request).__name__} answered by {type(reply).__name__}"
+                raise ProtocolError(Code.MALFORMED, answered, reply.id)
             return reply
         raise UnreachableError(
             f"no answer from {self._path} within {self.timeout_ms} ms: does a server run there?"

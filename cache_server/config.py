@@ -1,9 +1,7 @@
 """One typed configuration: flags over environment over TOML file over defaults, each with its source."""
 
 import difflib
-import math
 import os
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,81 +9,36 @@ from pathlib import Path
 
 import msgspec
 
+from cache_server.endpoints import Requirement
 from cache_server.eviction import DEFAULT_POLICY, POLICIES
+from cache_server.job import DEFAULT_JOB, Job, parse_job
 from cache_server.limits import Limits
 from cache_server.protocol.presence import LOG, SOCKET
+from cache_server.protocol.slots import SLOT_ALIGN, Geometry
+from cache_server.trials import TrialRules
+from cache_server.values import (
+    absolute_path,
+    address,
+    duration_ms,
+    duration_ms_or_off,
+    how_many,
+    one_of,
+    optional_path,
+    patterns,
+    percent,
+    size,
+    url_path,
+    whole,
+)
 
 ENVIRONMENT_PREFIX = "CACHE_SERVER_"
 SOCKET_PATH_BYTES_MAX = 107  # of a unix socket's address
-SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-DURATIONS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
-OFF = "off"
+PATHS = ("live_path", "ready_path", "startup_path", "health_path", "events_path", "metrics_path")
+FIXED_PATHS = ("/status",)
 
 
 class ConfigError(ValueError):
     """Names the key, the value, where it came from and what was expected."""
-
-
-def _quantity(text: str, units: Mapping[str, int], least: str, most: str) -> int:
-    """A number with one of `units`, between two such."""
-    expected = f"expected a number with a unit ({', '.join(units)}) from {least} to {most}"
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2] not in units:
-        raise ValueError(expected)
-    value = float(match[1]) * units[match[2]]
-    if not math.isfinite(value) or not _plain(least, units) <= value <= _plain(most, units):
-        raise ValueError(expected)
-    return int(value)
-
-
-def _plain(text: str, units: Mapping[str, int]) -> int:
-    digits = text.rstrip("".join(units))
-    return int(digits) * units[text[len(digits) :]]
-
-
-def size(least: str, most: str) -> Callable[[str], int]:
-    return lambda text: _quantity(text, SIZES, least, most)
-
-
-def duration_ms(least: str, most: str) -> Callable[[str], int]:
-    return lambda text: _quantity(text, DURATIONS_MS, least, most)
-
-
-def percent(text: str) -> int:
-    if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= 100:
-        raise ValueError("expected a whole number of percent from 1 to 100")
-    return int(text)
-
-
-def one_of(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"expected one of {', '.join(names)}")
-        return text
-
-    return parse
-
-
-def absolute_path(text: str) -> str:
-    if not text.strip() or "\0" in text or text.encode(errors="ignore").decode() != text:
-        raise ValueError("expected a path, in UTF-8")
-    try:
-        return str(Path(text).expanduser().absolute())
-    except RuntimeError as error:  # no such user
-        raise ValueError(f"expected a path: {error}") from error
-
-
-def optional_path(text: str) -> str:
-    return absolute_path(text) if text else ""
-
-
-def address(text: str) -> str:
-    if text == OFF:
-        return text
-    host, _, port = text.rpartition(":")
-    if not host or not re.fullmatch(r"\d{1,5}", port) or int(port) > 65_535:
-        raise ValueError(f"expected HOST:PORT with a port from 0 to 65535, or {OFF!r}")
-    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +53,7 @@ KEYS: dict[str, Key] = {
     "capacity": Key("8GiB", size("16MiB", "64TiB"), "bytes of KV cache to keep in memory, e.g. 8GiB"),
     "arena": Key("", optional_path, "arena file, if not in the runtime dir (a hugetlbfs mount, say)"),
     "policy": Key(DEFAULT_POLICY, one_of(*POLICIES), f"eviction policy: {', '.join(POLICIES)}"),
-    "http": Key("127.0.0.1:9470", address, "HOST:PORT of /metrics and /status, or off"),
+    "http": Key("127.0.0.1:9470", address, "HOST:PORT of /live, /ready, /metrics …, or off"),
     "lease": Key("30s", duration_ms("1s", "10m"), "how long a LOOKUP holds what it found, if not released"),
     "silent_after": Key("5s", duration_ms("1s", "10m"), "silence after which a worker counts as silent"),
     "reclaim_grace": Key(
@@ -109,6 +62,23 @@ KEYS: dict[str, Key] = {
     "stock_percent": Key("12", percent, "most of the arena that one engine may hold reserved"),
     "reserved_percent": Key("50", percent, "most of the arena that all engines may hold reserved"),
     "drain": Key("10s", duration_ms("0s", "10m"), "how long SIGTERM waits for leases to end"),
+    "live_path": Key("/live", url_path, "path of liveness"),
+    "ready_path": Key("/ready", url_path, "path of readiness"),
+    "startup_path": Key("/startup", url_path, "path that says whether the start is over"),
+    "health_path": Key("/health", url_path, "path of everything about health"),
+    "events_path": Key("/health/events", url_path, "path of the last changes of state"),
+    "metrics_path": Key("/metrics", url_path, "path of the metrics"),
+    "starting_status": Key("unready", one_of("unready", "ready"), "what readiness says during the start"),
+    "late_after": Key("2s", duration_ms("200ms", "5m"), "standstill after which readiness is taken away"),
+    "stall_after": Key("10s", duration_ms("500ms", "10m"), "standstill after which liveness is taken away"),
+    "work_age": Key("5m", duration_ms("1s", "24h"), "age of a part's oldest work that degrades the server"),
+    "pause_limit": Key("1h", duration_ms("1s", "24h"), "after which a pause ends by itself"),
+    "canary_idle": Key("10s", duration_ms_or_off("100ms", "24h"), "run the canary when idle so long, or off"),
+    "canary_deadline": Key("2s", duration_ms("50ms", "5m"), "of one whole run of the canary"),
+    "canary_fail_after": Key("2", whole(1, 100), "failed runs in a row that take readiness away"),
+    "canary_job": Key(DEFAULT_JOB, parse_job, "the canary's job, as JSON or @FILE"),
+    "required_engines": Key("", patterns, "engines that readiness needs: names with * and ?, commas between"),
+    "required_count": Key("all", how_many, "how many of them: all, any, or a number"),
     "group": Key("", str, "open the runtime dir to this group, beside the server's user"),
     "log_file": Key("", optional_path, f"log of `run --daemon`; default {LOG} in the runtime dir"),
     "log_level": Key("info", one_of("debug", "info", "warning", "error"), "least severity that is logged"),
@@ -127,6 +97,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     stock_percent: int
     reserved_percent: int
     drain: int
+    live_path: str
+    ready_path: str
+    startup_path: str
+    health_path: str
+    events_path: str
+    metrics_path: str
+    starting_status: str
+    late_after: int
+    stall_after: int
+    work_age: int
+    pause_limit: int
+    canary_idle: int
+    canary_deadline: int
+    canary_fail_after: int
+    canary_job: Job
+    required_engines: tuple[str, ...]
+    required_count: str
     group: str
     log_file: str
     log_level: str
@@ -144,6 +131,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             stock_bytes_max=self.capacity * self.stock_percent // 100,
             reserved_bytes_max=self.capacity * self.reserved_percent // 100,
         )
+
+    @property
+    def requirement(self) -> Requirement:
+        return Requirement(self.required_engines, self.required_count)
+
+    @property
+    def canary_bytes_max(self) -> int:
+        """The largest chunk that all of a canary's job can be done with."""
+        each = self.limits.stock_bytes_max // self.canary_job.chunks
+        return min(Geometry.of(self.capacity).slab_bytes, each // SLOT_ALIGN * SLOT_ALIGN)
+
+    @property
+    def trial_rules(self) -> TrialRules:
+        return TrialRules(self.canary_idle, self.canary_deadline, self.canary_fail_after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,3 +222,26 @@ def _check_together(config: Config, settings: Mapping[str, Setting]) -> None:
             f"{named('silent_after')}: expected less than {named('lease')}, "
             "or leases end while their engine still counts as alive"
         )
+    if config.late_after >= config.stall_after:
+        raise ConfigError(
+            f"{named('late_after')}: expected less than {named('stall_after')}: readiness goes first"
+        )
+    if config.canary_idle and config.canary_deadline >= config.canary_idle:
+        raise ConfigError(f"{named('canary_deadline')}: expected less than {named('canary_idle')}")
+    if config.required_count != KEYS["required_count"].default and not config.required_engines:
+        raise ConfigError(f"{named('required_count')}: expected with it which engines, as required_engines")
+    if config.canary_job.part_bytes > config.canary_bytes_max:
+        raise ConfigError(
+            f"{named('canary_job')}: part_bytes is {config.canary_job.part_bytes}; "
+            f"with so many chunks and this capacity expected at most {config.canary_bytes_max}"
+        )
+    _check_paths(config, named)
+
+
+def _check_paths(config: Config, named: Callable[[str], str]) -> None:
+    taken = {path: f"the page {path}" for path in FIXED_PATHS}
+    for name in PATHS:
+        path = getattr(config, name)
+        if path in taken:
+            raise ConfigError(f"{named(name)}: expected a path of its own, this is {taken[path]}")
+        taken[path] = named(name)

@@ -4,18 +4,28 @@ Rule 1: a chunk is stored only under a stored parent, and leaves only after its 
 hashes is present up to some chunk and absent behind it: the longest prefix is found by bisection, and a
 lease on its last chunk holds all of it.
 Rule 2: chunks of a sliding-window group stand alone; only the last `window` chunks of a prefix are needed.
+Rule 3: a use of a chunk is one of all before it.  It is noted where the found prefix ended, and handed on to
+the parent when that chunk leaves: only then has anybody to know it of the parent.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import islice
+from operator import attrgetter
+from typing import NamedTuple
 
 from cache_server.eviction import Policy, Pool
 from cache_server.protocol.keys import SLOT_REF, SlotRef
+from cache_server.trails import Trails
+
+_ref_of = attrgetter("ref")
 
 
 class Chunk:
-    __slots__ = ("children", "depth", "hash", "hits", "leases", "parent", "ref", "space", "stamp", "ticket")
+    __slots__ = (
+        "children", "depth", "hash", "hits", "leases", "parent", "ref", "space", "stamp", "ticket", "trail",
+    )  # fmt: skip
 
     def __init__(self, space: "Space", hash: bytes, parent: "Chunk | None", slot: SlotRef) -> None:  # noqa: A002
         self.space = space
@@ -28,6 +38,7 @@ class Chunk:
         self.hits = 0
         self.stamp = 0
         self.ticket = 0
+        self.trail = b""  # `Trails` keeps it
 
     @property
     def slot(self) -> SlotRef:
@@ -49,6 +60,15 @@ class Space:
     chunks: dict[bytes, Chunk] = field(default_factory=dict)
 
 
+class Used(NamedTuple):
+    ends: list[Chunk]  # a lease on these holds all that was found
+    refs: bytes  # the slots, in order
+
+    @property
+    def length(self) -> int:
+        return len(self.refs) // SLOT_REF.size
+
+
 class Admission(IntEnum):
     EXISTS = 1
     ORPHAN = 2
@@ -59,6 +79,7 @@ class Index:
         self._new_policy = new_policy
         self._pools: dict[int, Pool[Chunk]] = {}  # by slot size: only an equal slot makes room
         self._spaces: dict[tuple[bytes, int], Space] = {}
+        self._trails: Trails[Chunk] = Trails()
         self._clock = 0
         self._size = 0
 
@@ -73,6 +94,10 @@ class Index:
         space = self._spaces.get((prefix, group)) or Space(prefix, group, slot_bytes, window)
         assert (space.slot_bytes, space.window) == (slot_bytes, window), "the prefix covers both"
         return space
+
+    def find(self, prefix: bytes, group: int, hash_: bytes) -> Chunk | None:
+        space = self._spaces.get((prefix, group))
+        return space.chunks.get(hash_) if space is not None else None
 
     def longest_prefix(self, spaces: Sequence[Space], hashes: Sequence[bytes]) -> int:
         """How many of `hashes`, from the first on, every group can supply."""
@@ -90,26 +115,15 @@ class Index:
             length = shorter
         return length
 
-    def use(self, space: Space, hashes: Sequence[bytes], length: int) -> list[Chunk]:
-        """The chunks that a load of `length` chunks needs of this group, in order; marks them as used."""
+    def use(self, space: Space, hashes: Sequence[bytes], length: int) -> Used:
+        """What a load of `length` chunks needs of this group; marks it as used."""
         self._clock += 1
-        clock = self._clock
-        chunks: list[Chunk] = []
-        if space.window:
-            for hash_ in hashes[max(0, length - space.window) : length]:
-                chunk = space.chunks[hash_]
-                chunk.stamp = clock
-                chunk.hits += 1
-                chunks.append(chunk)
-            return chunks
-        link: Chunk | None = space.chunks[hashes[length - 1]]
-        while link is not None:
-            link.stamp = clock
-            link.hits += 1
-            chunks.append(link)
-            link = link.parent
-        chunks.reverse()
-        return chunks
+        first = max(0, length - space.window) if space.window else length - 1
+        ends = [space.chunks[hash_] for hash_ in hashes[first:length]]
+        for chunk in ends:
+            chunk.stamp = self._clock
+            chunk.hits += 1
+        return Used(ends, b"".join(map(_ref_of, ends)) if space.window else self._trails.to(ends[0]))
 
     def lease(self, chunk: Chunk) -> None:
         chunk.leases += 1
@@ -140,34 +154,51 @@ class Index:
         self._link(chunk)
         return chunk
 
-    def evict(self, slot_bytes: int, count: int) -> list[Chunk] | None:
-        """The `count` chunks that leave first; None, and nothing has changed, if so many can't."""
+    def evict(
+        self, slot_bytes: int, count: int, makes_room: Callable[[Chunk], bool] = lambda _: True
+    ) -> list[Chunk] | None:
+        """The chunks that leave first, as many as it takes for `count` that make room; None, and nothing has
+        changed, if so many can't."""
         pool = self._pools.get(slot_bytes)
         if pool is None:
             return None
         leaving: list[Chunk] = []
-        while len(leaving) < count:
+        stamps: list[int] = []  # their parents' before
+        made = 0
+        while made < count:
             chunk = pool.pop()
             if chunk is None:
-                for taken in reversed(leaving):
-                    self._link(taken)
+                self._take_back(leaving, stamps)
                 return None
-            self._unlink(chunk)
+            stamps.append(chunk.parent.stamp if chunk.parent else 0)
             leaving.append(chunk)
+            made += makes_room(chunk)
+            self._unlink(chunk)
         for chunk in leaving:
             pool.policy.evicted(chunk)
         return leaving
 
+    def _take_back(self, leaving: Sequence[Chunk], stamps: Sequence[int]) -> None:
+        for chunk, stamp in zip(reversed(leaving), reversed(stamps), strict=True):
+            self._link(chunk)
+            if chunk.parent is not None:
+                chunk.parent.hits -= chunk.hits
+                chunk.parent.stamp = stamp
+
     def family(self, roots: Sequence[Chunk]) -> list[Chunk]:
         """These chunks and all their descendants, children first."""
+        return sorted(self.some_of_family(roots, self._size), key=lambda chunk: -chunk.depth)
+
+    def some_of_family(self, roots: Sequence[Chunk], most: int) -> list[Chunk]:
+        """`most` of them at most, in any order."""
         order: dict[Chunk, None] = {}
         waiting = list(roots)
-        while waiting:
+        while waiting and len(order) < most:
             chunk = waiting.pop()
             if chunk not in order:
                 order[chunk] = None
-                waiting.extend(chunk.children or ())
-        return sorted(order, key=lambda chunk: -chunk.depth)
+                waiting.extend(islice(chunk.children or (), most))
+        return list(order)
 
     def drop(self, family: Sequence[Chunk]) -> None:
         """Takes out what `family` returned, leased or not."""
@@ -197,12 +228,16 @@ class Index:
         space, parent = chunk.space, chunk.parent
         assert chunk.children is None, "children leave first"
         del space.chunks[chunk.hash]
+        self._trails.drop(chunk)
         self._size -= 1
         if not space.chunks:
             del self._spaces[space.prefix, space.group]
         if parent is not None:
             assert parent.children is not None, "a child is its parent's"
             del parent.children[chunk]
+            if chunk.hits:  # else its stamp tells when it was stored
+                parent.hits += chunk.hits
+                parent.stamp = max(parent.stamp, chunk.stamp)
             if not parent.children:
                 parent.children = None
                 self._offer(parent)
@@ -215,13 +250,14 @@ class Index:
 
 def _chain_length(space: Space, hashes: Sequence[bytes], length: int) -> int:
     present, absent = 0, length + 1
+    middle = length  # most prompts are there as a whole or not at all
     while absent - present > 1:
-        middle = (present + absent) // 2
         chunk = space.chunks.get(hashes[middle - 1])
         if chunk is not None and chunk.depth == middle:
             present = middle
         else:
             absent = middle
+        middle = (present + absent) // 2
     return present
 
 

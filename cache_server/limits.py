@@ -21,6 +21,7 @@ class Limits:
     silent_after_ms: int = 5_000
     reclaim_grace_ms: int = 500
     members_max: int = 4_096
+    canaries_max: int = 8
     leases_per_engine_max: int = 16_384
     stock_bytes_max: int = 1 << 30  # one engine's reserved slots
     reserved_bytes_max: int = 4 << 30  # all engines', those in quarantine included

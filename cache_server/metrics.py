@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from typing import Protocol
 
 from prometheus_client.core import (
     CollectorRegistry,
@@ -36,10 +37,16 @@ COUNTER_HELP = {
 }
 
 
-def exposition(status: Status) -> tuple[str, bytes]:
-    """-> content type and body"""
+class Collector(Protocol):
+    def collect(self) -> Iterator[Metric]: ...
+
+
+def exposition(status: Status | None, vital: Collector) -> tuple[str, bytes]:
+    """-> content type and body; there is no status before the server has started"""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(status))
+    registry.register(vital)
+    if status is not None:
+        registry.register(_Snapshot(status))
     return CONTENT_TYPE_LATEST, generate_latest(registry)
 
 
@@ -80,8 +87,6 @@ class _Snapshot:
         yield GaugeMetricFamily(PREFIX + "uptime_seconds", "Since this start", value=status.uptime_s)
         workers = GaugeMetricFamily(PREFIX + "workers", "Engine processes, by state", labels=["state"])
         yield _labelled(workers, status.workers)
-        states = GaugeMetricFamily(PREFIX + "state", "1 for the state the server is in", labels=["state"])
-        yield _labelled(states, {state: int(state == status.state) for state in ("ready", "draining")})
 
     def _leases(self) -> Iterator[Metric]:
         leases = self._status.leases

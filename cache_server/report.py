@@ -22,6 +22,13 @@ class ArenaReport(msgspec.Struct, frozen=True):
     unpopulated_bytes: int  # of the free ones
 
 
+class SlotReport(msgspec.Struct, frozen=True):
+    """A slot size in use, and how many of it are free."""
+
+    slot_bytes: int
+    free: int
+
+
 class ChunkReport(msgspec.Struct, frozen=True):
     stored: int
     restored: int
@@ -51,6 +58,7 @@ class WorkerReport(msgspec.Struct, frozen=True):
     state: str
     phase: str
     registered_s: int
+    canary: bool
     silent_ms: int
     pings: int
     progress: int
@@ -72,6 +80,7 @@ class Status(msgspec.Struct, frozen=True):
     counters: dict[str, int]
     refused: dict[str, int]
     latency: dict[str, Latency]
+    slots: tuple[SlotReport, ...]
     worker_rows: tuple[WorkerReport, ...] = ()
 
 
@@ -80,11 +89,11 @@ def describe(service: Service, now_ms: int, pid: int, uptime_s: int, population_
     return Status(
         boot=f"{service.boot:016x}",
         pid=pid,
-        state="draining" if service.draining else "ready",
+        state="draining" if service.draining else "paused" if service.paused else "ready",
         uptime_s=uptime_s,
         population_failure=population_failure,
         arena=_arena(service, now_ms),
-        chunks=ChunkReport(len(storage.index), storage.restored, storage.evicted),
+        chunks=ChunkReport(len(storage.index) - storage.canary_chunks, storage.restored, storage.evicted),
         leases=LeaseReport(len(leases), leases.granted, leases.released, leases.expired),
         workers=_worker_states(service, now_ms),
         counters=_plain_counters(service.counters),
@@ -93,6 +102,10 @@ def describe(service: Service, now_ms: int, pid: int, uptime_s: int, population_
             op: Latency(tuple(histogram.counts), histogram.sum_us)
             for op, histogram in service.counters.latency.items()
         },
+        slots=tuple(
+            SlotReport(size, sum(len(slab.free) for slab in storage.arena.slabs_of(size) if not slab.closed))
+            for size in storage.arena.slot_sizes
+        ),
     )
 
 
@@ -141,7 +154,7 @@ def _audible(service: Service, engine: Engine, now_ms: int) -> bool:
 def _worker_states(service: Service, now_ms: int) -> dict[str, int]:
     counts = {state.value: 0 for state in WorkerState}
     for engine in service.registry.engines.values():
-        for member in engine.members.values():
+        for member in () if engine.canary else engine.members.values():
             counts[member.state(now_ms, service.limits.silent_after_ms).value] += 1
     return counts
 
@@ -161,6 +174,7 @@ def _worker(service: Service, engine: Engine, member: Member, now_ms: int) -> Wo
         state=member.state(now_ms, service.limits.silent_after_ms).value,
         phase=member.phase,
         registered_s=(now_ms - member.registered_ms) // 1000,
+        canary=engine.canary,
         silent_ms=now_ms - member.heard_ms,
         pings=member.pings,
         progress=member.progress,

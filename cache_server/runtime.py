@@ -8,18 +8,43 @@ import secrets
 import select
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from cache_server.protocol.presence import ARENA, LOCKS, LOG, PID, SOCKET, TOKEN, lock_now
+from cache_server.protocol.pid_file import ServerPid, read_pid
+from cache_server.protocol.presence import (
+    ARENA,
+    BEAT,
+    CANARY_LOCK,
+    DIRECTORY,
+    HOLDS,
+    HOLDS_LOCK,
+    LOCKS,
+    LOG,
+    PID,
+    SOCKET,
+    TOKEN,
+    is_file_at,
+    lock_now,
+)
+from cache_server.shm import free_pages
 
 LOCK_TRIES = 20
 LOCK_PAUSE_S = 0.01
+FILES = (
+    SOCKET, f"{ARENA}.new", TOKEN, LOG, PID, f"{PID}.new", BEAT, f"{BEAT}.new", CANARY_LOCK, HOLDS,
+    f"{HOLDS}.new", HOLDS_LOCK,
+)  # fmt: skip
 
 
 class RuntimeDirError(Exception):
     """The runtime dir can't be used; the message says why and what to do."""
+
+
+class CannotTellError(RuntimeDirError):
+    """Whether a server runs on the dir, or which process it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +97,38 @@ def prepare(path: Path, access: Access) -> None:
 
 
 @contextlib.contextmanager
-def sole_server(path: Path) -> Iterator[None]:
-    """Holds the lock that makes this process the runtime dir's only server.  It lies on the directory itself:
-    a file in it could be taken for stale and removed."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sole_server(path: Path, access: Access) -> Iterator[None]:
+    """Holds the lock that makes this process the runtime dir's only server, and says which process it is."""
+    advice = "stop it with `cache-server stop`, or choose another --dir"
+    with _alone(path, advice) as in_place:
+        unfinished = path / f"{PID}.new"
+        unfinished.write_text(ServerPid.own().text)
+        access.open_file(unfinished)
+        unfinished.rename(path / PID)
+        try:
+            yield
+        finally:
+            if in_place():  # else it may be the next one's
+                (path / PID).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(path: Path, advice: str) -> Iterator[Callable[[], bool]]:
+    """The lock lies on the directory itself: a file in it could be taken for stale and removed."""
+    fd = os.open(path, DIRECTORY)
     try:
         if not _lock_soon(fd):
-            raise RuntimeDirError(
-                f"dir {path}: a server (pid {read_pid(path)}) already runs on it: "
-                "stop it with `cache-server stop`, or choose another --dir"
-            )
-        (path / PID).write_text(f"{os.getpid()}\n")
-        yield
-        (path / PID).unlink(missing_ok=True)
+            raise RuntimeDirError(f"dir {path}: a server{_pid_of(path)} already runs on it: {advice}")
+        in_place = partial(is_file_at, path, os.fstat(fd))
+        if not in_place():
+            raise RuntimeDirError(f"dir {path}: it was removed at this moment: try again")
+        yield in_place
     finally:
         os.close(fd)
 
 
 def _lock_soon(fd: int) -> bool:
-    """`running_pid` holds the lock for an instant; a server holds it for good."""
+    """Who asks whether a server runs holds the lock for an instant; a server holds it for good."""
     for _ in range(LOCK_TRIES):
         if lock_now(fd):
             return True
@@ -98,25 +136,43 @@ def _lock_soon(fd: int) -> bool:
     return False
 
 
-def read_pid(path: Path) -> int | None:
+def _pid_of(path: Path) -> str:
     with contextlib.suppress(OSError, ValueError):
-        return int((path / PID).read_text())
-    return None
+        return f" (pid {read_pid(path / PID).pid})"
+    return ""
 
 
-def running_pid(path: Path) -> int | None:
-    """The pid of the server that runs on this dir now, as its lock proves."""
+def is_served(path: Path) -> bool:
+    """Whether a server runs on this dir now, as its lock proves."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
+        fd = os.open(path, DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CannotTellError(
+            f"dir {path}: {error.strerror}: can't tell whether a server runs on it: "
+            "run this as the user of the server, or as a member of its `group`"
+        ) from error
     try:
-        if lock_now(fd):
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            return None
-        return read_pid(path)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: who asks is no server to who asks as well
+    except BlockingIOError:
+        return True
     finally:
         os.close(fd)
+    return False
+
+
+def running_server(path: Path) -> ServerPid | None:
+    """The process that serves this dir now; None where there is none."""
+    if not is_served(path):
+        return None
+    try:
+        return read_pid(path / PID)
+    except (OSError, ValueError) as error:
+        raise CannotTellError(
+            f"dir {path}: a server runs on it, but not which process it is can be told: {error}: "
+            f"`cache-server status` knows its pid, and so does `fuser {path}`; `kill -TERM` stops it"
+        ) from error
 
 
 def admin_token(path: Path) -> str:
@@ -135,9 +191,33 @@ def admin_token(path: Path) -> str:
 
 def purge(path: Path, arena: Path) -> None:
     """Removes all that a server leaves behind, and the dir itself if nothing else lies in it."""
-    for name in (SOCKET, ARENA, f"{ARENA}.new", TOKEN, LOG, PID):
-        (path / name).unlink(missing_ok=True)
-    arena.unlink(missing_ok=True)
-    shutil.rmtree(path / LOCKS, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.rmdir()
+    try:
+        if path.is_dir():
+            with _alone(
+                path, "nothing was removed; if a service manager has started it again, stop it there"
+            ):
+                _remove_arena(path / ARENA)
+                for name in FILES:
+                    (path / name).unlink(missing_ok=True)
+                shutil.rmtree(path / LOCKS, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        _remove_arena(arena)
+    except OSError as error:
+        raise RuntimeDirError(
+            f"{error.filename}: {error.strerror}: it can't be removed: run this as the user of the server"
+        ) from error
+
+
+def _remove_arena(path: Path) -> None:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if not lock_now(fd):
+            raise RuntimeDirError(f"arena {path}: it was not removed: a server with another --dir uses it")
+        free_pages(fd)
+        path.unlink()
+    finally:
+        os.close(fd)

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hmac import compare_digest
 
+from cache_server.admission import check_registration, check_version
+from cache_server.chunks import Books, Chunks, refuse_incomplete
 from cache_server.counters import Counters
 from cache_server.leases import Leases
 from cache_server.limits import Limits, RefusedError
 from cache_server.protocol import messages as m
-from cache_server.protocol.keys import SLOT_REF, Hashes, owner_of, split_slot_names
+from cache_server.protocol.keys import split_slot_names
 from cache_server.protocol.messages import Code, Outcome
-from cache_server.storage import Shortage, Storage
-from cache_server.workers import Engine, GroupShape, Member, Registry
+from cache_server.storage import Storage
+from cache_server.workers import Engine, Member, Registry, Seen, mark_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,15 @@ class Service:
         self.storage = storage
         self.limits = limits
         self.registry = registry
-        self.leases = Leases(storage.index, limits.lease_ms)
-        self.counters = Counters()
+        self.traffic, self.canaries = (
+            Books(Counters(), Leases(storage.index, limits.lease_ms)) for _ in range(2)
+        )
+        self.counters, self.leases = self.traffic.counters, self.traffic.leases
+        self._chunks = Chunks(identity.boot, storage, limits, registry)
         self.draining = False
+        self.paused = False
+        self.stored_ms: int | None = None  # the last chunk committed, and the last found
+        self.found_ms: int | None = None
         self._is_locked = is_locked
 
     @property
@@ -52,32 +60,54 @@ class Service:
         try:
             return self._answer(request, now_ms)
         except RefusedError as refusal:
-            return self.refuse(request.id, refusal.code, refusal.detail)
+            member = self.registry.member(getattr(request, "session", 0))
+            if member is not None:
+                member[1].was_refused(refusal.code, refusal.detail, now_ms)
+            return self.refuse(request.id, refusal.code, refusal.detail, self.books_of(request))
 
-    def refuse(self, id: int, code: str, detail: str) -> m.Refused:  # noqa: A002
-        self.counters.refuse(code)
+    def books_of(self, request: m.Request) -> Books:
+        """Where the request is counted."""
+        if isinstance(request, m.Register):
+            return self.canaries if m.CANARY in request.features else self.traffic
+        member = self.registry.member(getattr(request, "session", 0))
+        return self._books(member[0]) if member else self.traffic
+
+    def refuse(self, id: int, code: str, detail: str, books: Books | None = None) -> m.Refused:  # noqa: A002
+        (books or self.traffic).counters.refuse(code)
         return m.Refused(id=id, boot=self.boot, code=code, detail=detail)
 
     def tick(self, now_ms: int) -> None:
-        self.leases.expire(now_ms)
+        for books in (self.traffic, self.canaries):
+            books.leases.expire(now_ms)
+        self.storage.hand_over()
 
-    def observe(self, locked: frozenset[str], now_ms: int) -> list[str]:
-        """`locked`: the presence files that are held at this moment, not a little earlier, or a process that
-        has just registered would look dead.  -> the engines found gone, all that they held taken back"""
-        self.registry.observe(locked)
-        owners = {engine.owner for engine in self.registry.engines.values()} | set(
-            self.storage.arena.reserved
-        )
+    def observe(self, seen: Seen, now_ms: int) -> list[str]:
+        """`seen` at this moment, not a little earlier, or a process that has just registered would look dead.
+        -> the engines found gone, all that they held taken back"""
+        self.registry.observe(seen.living, now_ms)
+        witnessed = {mark_of(name) for name in seen.known}
+        owners = {owner for owner in self._owners() if owner.hex() in witnessed}
         gone: list[str] = []
-        for owner in self.registry.dead_owners(owners, locked, now_ms, self.limits.reclaim_grace_ms):
+        for owner in self.registry.dead_owners(owners, seen.living, now_ms, self.limits.reclaim_grace_ms):
             engine = self.registry.remove(owner)
-            if engine is not None:
-                self.leases.release_all(engine.name)
+            books = self._books(engine) if engine else self.traffic
             slots = self.storage.abort_all(owner)
-            self.counters.engines_gone += 1
-            self.counters.reclaimed_slots += slots
+            books.counters.engines_gone += 1
+            books.counters.reclaimed_slots += slots
+            if engine is not None:
+                self._forget(engine)
             gone.append(f"{engine.name if engine else owner.hex()} ({slots} slots came back)")
         return gone
+
+    def spent_proofs(self, seen: Seen) -> list[str]:
+        """The files of the dead that may be removed.  A successor that finds an engine's slots reserved needs
+        one of them for the proof that it is dead, unless another of its processes lives."""
+        needed = {owner.hex() for owner in self._owners()} - {mark_of(name) for name in seen.living}
+        return [name for name in sorted(seen.dead) if mark_of(name) not in needed]
+
+    def _owners(self) -> set[bytes]:
+        """Who has registered, or has slots reserved."""
+        return {engine.owner for engine in self.registry.engines.values()} | set(self.storage.arena.reserved)
 
     def _answer(self, request: m.Request, now_ms: int) -> m.Reply:
         match request:
@@ -89,8 +119,8 @@ class Service:
                 return self._clear(request)
             case m.Unregister() | m.Lookup() | m.Release() | m.Reserve() | m.Commit() | m.Abort():
                 engine, member = self._member(request.session)
-                member.heard_ms = now_ms
-                return self._answer_member(request, engine, now_ms)
+                member.hear(now_ms, self.limits.silent_after_ms)
+                return self._answer_member(request, engine, member, now_ms)
             case _:
                 raise RefusedError(Code.UNKNOWN_OP, type(request).__name__)
 
@@ -98,22 +128,34 @@ class Service:
         self,
         request: m.Unregister | m.Lookup | m.Release | m.Reserve | m.Commit | m.Abort,
         engine: Engine,
+        member: Member,
         now_ms: int,
     ) -> m.Reply:
+        books = self._books(engine)
         match request:
             case m.Lookup():
-                return self._lookup(request, engine, now_ms)
+                self._refuse_when_closed(canary=engine.canary)
+                found = self._chunks.lookup(request, engine, books, now_ms)
+                if found.chunks:
+                    member.found_ms = now_ms
+                    self.found_ms = self.found_ms if engine.canary else now_ms
+                return found
             case m.Release():
-                released = sum(self.leases.release(engine.name, name) for name in request.requests)
+                released = sum(books.leases.release(engine.name, name) for name in request.requests)
                 return m.Done(id=request.id, boot=self.boot, count=released)
             case m.Reserve():
-                return self._reserve(request, engine)
+                self._refuse_when_closed(canary=engine.canary)
+                return self._chunks.reserve(request, engine, books)
             case m.Commit():
-                return self._commit(request, engine)
+                committed = self._chunks.commit(request, engine, books)
+                if Outcome.STORED in committed.outcomes:
+                    member.stored_ms = now_ms
+                    self.stored_ms = self.stored_ms if engine.canary else now_ms
+                return committed
             case m.Abort():
                 abort = self.storage.abort_all if request.all_but else self.storage.abort
                 count = abort(engine.owner, split_slot_names(request.slots))
-                self.counters.aborted_slots += count
+                books.counters.aborted_slots += count
                 return m.Done(id=request.id, boot=self.boot, count=count)
             case m.Unregister():
                 return self._unregister(request)
@@ -124,41 +166,25 @@ class Service:
         if found is not None:
             member = found[1]
             silence_ms = now_ms - member.pinged_ms
-            member.heard_ms = member.pinged_ms = now_ms
+            member.hear(now_ms, self.limits.silent_after_ms)
+            member.pinged_ms = now_ms
             member.pings += 1
-            member.phase, member.progress = ping.phase, ping.progress
+            member.progress = ping.progress
+            member.enter(ping.phase, now_ms)
         return m.Pong(
             id=ping.id,
             boot=self.boot,
             seq=ping.seq,
             known=found is not None,
-            state="draining" if self.draining else "ready",
+            state="draining" if self.draining or self.paused else "ready",
             progress=self.counters.served,
             silence_ms=silence_ms,
         )
 
     def _register(self, request: m.Register, now_ms: int) -> m.Registered:
-        if request.version_min > m.VERSION_MAX or request.version_max < m.VERSION_MIN:
-            raise RefusedError(
-                Code.VERSION,
-                f"this server speaks protocol {m.VERSION_MIN}..{m.VERSION_MAX}, "
-                f"you speak {request.version_min}..{request.version_max}: update the older side",
-            )
-        self._refuse_when_draining()
-        if request.role == "worker" and request.layout is None:
-            raise RefusedError(Code.MALFORMED, "a worker registers with its `layout`")
-        if not request.proof.startswith(owner_of(request.engine).hex() + "."):
-            raise RefusedError(
-                Code.NO_PROOF, "`proof` begins with the engine's owner digest in hex and a dot"
-            )
-        if not self._is_locked(request.proof):
-            raise RefusedError(
-                Code.NO_PROOF, f"no process holds a lock on locks/{request.proof}: lock it, then register"
-            )
-        if len(self.registry) >= self.limits.members_max and not self.registry.has_place_of(request):
-            raise RefusedError(
-                Code.BUSY, f"{len(self.registry)} processes are registered, the most there can be"
-            )
+        check_version(request)
+        self._refuse_when_closed(canary=m.CANARY in request.features)
+        check_registration(request, self.registry, self.limits, self._is_locked)
         member = self.registry.register(request, now_ms)
         return m.Registered(
             id=request.id,
@@ -174,102 +200,22 @@ class Service:
     def _unregister(self, request: m.Unregister) -> m.Done:
         left = self.registry.unregister(request.session)
         if left is not None:  # what it has reserved comes back when its processes' locks are free
-            self.leases.release_all(left.name)
+            self._forget(left)
         return m.Done(id=request.id, boot=self.boot, count=1)
 
-    def _lookup(self, request: m.Lookup, engine: Engine, now_ms: int) -> m.Found:
-        self._refuse_when_draining()
-        self._refuse_incomplete(engine)
-        index = self.storage.index
-        prefix = engine.prefix(request.epoch)
-        spaces = [
-            index.space(prefix, group, shape.slot_bytes, shape.window)
-            for group, shape in enumerate(engine.shapes)
-        ]
-        hashes = Hashes(request.hashes)
-        length = index.longest_prefix(spaces, hashes)
-        if length and not self.leases.may_grant(
-            engine.name, request.request, self.limits.leases_per_engine_max
-        ):
-            raise RefusedError(Code.BUSY, f"{self.leases.of(engine.name)} leases are out: RELEASE some")
-        counters = self.counters
-        counters.lookups += 1
-        counters.chunks_asked += len(hashes)
-        if not length:
-            self.leases.release(engine.name, request.request)
-            return m.Found(id=request.id, boot=self.boot, chunks=0)
-        found = [index.use(space, hashes, length) for space in spaces]
-        held = [
-            chunk
-            for space, chunks in zip(spaces, found, strict=True)
-            for chunk in (chunks if space.window else chunks[-1:])
-        ]
-        self.leases.grant(engine.name, request.request, held, now_ms)
-        counters.lookup_hits += 1
-        counters.chunks_found += length
-        counters.found_bytes += sum(
-            len(chunks) * space.slot_bytes for space, chunks in zip(spaces, found, strict=True)
-        )
-        return m.Found(
-            id=request.id,
-            boot=self.boot,
-            chunks=length,
-            groups=tuple(
-                m.Part(length - len(chunks), b"".join([chunk.ref for chunk in chunks])) for chunks in found
-            ),
-            part_offsets=tuple(shape.part_offsets for shape in engine.shapes),
-            lease_ms=self.limits.lease_ms,
-        )
-
-    def _reserve(self, request: m.Reserve, engine: Engine) -> m.Reserved:
-        self._refuse_when_draining()
-        shape = self._shape(engine, request.group)
-        self.limits.check_stock(self.storage.arena, engine.owner, shape.slot_bytes, request.count)
-        sizes_in_use = [shape.slot_bytes for each in self.registry.engines.values() for shape in each.shapes]
-        slots = self.storage.reserve(shape.slot_bytes, request.count, engine.owner, sizes_in_use)
-        if slots is Shortage.POPULATING:
-            raise RefusedError(Code.BUSY, f"{slots.value}: ask again in a second")
-        if isinstance(slots, Shortage):
-            raise RefusedError(
-                Code.NO_SPACE, f"{request.count} slots of {shape.slot_bytes} bytes: {slots.value}"
-            )
-        self.counters.reserved_slots += len(slots)
-        return m.Reserved(
-            id=request.id,
-            boot=self.boot,
-            slots=b"".join([SLOT_REF.pack(*slot) for slot in slots]),
-            slot_bytes=shape.slot_bytes,
-            part_offsets=shape.part_offsets,
-        )
-
-    def _commit(self, request: m.Commit, engine: Engine) -> m.Committed:
-        shape = self._shape(engine, request.group)
-        prefix = engine.prefix(request.epoch)
-        space = self.storage.index.space(prefix, request.group, shape.slot_bytes, shape.window)
-        chunks = list(zip(Hashes(request.hashes), split_slot_names(request.slots), strict=True))
-        outcomes = self.storage.commit(space, engine.owner, request.parent, chunks)
-        stored = outcomes.count(Outcome.STORED)
-        counters = self.counters
-        counters.stored_chunks += stored
-        counters.stored_bytes += stored * shape.slot_bytes
-        counters.existing_chunks += outcomes.count(Outcome.EXISTS)
-        counters.orphan_chunks += outcomes.count(Outcome.ORPHAN)
-        counters.foreign_slots += outcomes.count(Outcome.FOREIGN)
-        return m.Committed(id=request.id, boot=self.boot, outcomes=outcomes)
-
     def _clear(self, request: m.Clear) -> m.Done:
-        spaces = self.storage.index.spaces
+        spaces, counters = self.storage.index.spaces, self.counters
         if not request.token and request.session:
             engine, _ = self._member(request.session)
-            self._refuse_incomplete(engine)  # its keys can't be known
-            mine = engine.prefix(request.epoch)
+            refuse_incomplete(engine)  # its keys can't be known
+            mine, counters = engine.prefix(request.epoch), self._books(engine).counters
             spaces = [space for space in spaces if space.prefix == mine]
         elif not compare_digest(request.token.encode(), self.identity.token.encode()):
             raise RefusedError(
                 Code.DENIED, "CLEAR wants a session, or the token in the runtime dir's file `token`"
             )
         count = self.storage.clear(spaces)
-        self.counters.cleared_chunks += count
+        counters.cleared_chunks += count
         return m.Done(id=request.id, boot=self.boot, count=count)
 
     def _member(self, session: int) -> tuple[Engine, Member]:
@@ -278,16 +224,17 @@ class Service:
             raise RefusedError(Code.UNKNOWN_SESSION, f"session {session}: REGISTER again")
         return found
 
-    def _shape(self, engine: Engine, group: int) -> GroupShape:
-        self._refuse_incomplete(engine)
-        if group >= len(engine.shapes):
-            raise RefusedError(Code.MALFORMED, f"group {group} of {len(engine.shapes)}")
-        return engine.shapes[group]
-
-    def _refuse_incomplete(self, engine: Engine) -> None:
-        if engine.incomplete:
-            raise RefusedError(Code.INCOMPLETE, f"engine {engine.name}: {engine.incomplete}")
-
-    def _refuse_when_draining(self) -> None:
+    def _refuse_when_closed(self, *, canary: bool) -> None:
         if self.draining:
             raise RefusedError(Code.DRAINING, "the server is about to stop")
+        if self.paused and not canary:
+            raise RefusedError(Code.DRAINING, "the server is paused")
+
+    def _books(self, engine: Engine) -> Books:
+        return self.canaries if engine.canary else self.traffic
+
+    def _forget(self, engine: Engine) -> None:
+        """The engine has left."""
+        self._books(engine).leases.release_all(engine.name)
+        if engine.canary and not self.registry.canaries:
+            self.storage.drop_canaries(self._chunks.sizes_in_use())

@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from cache_server.client import Client
 from cache_server.protocol import messages as m
 from cache_server.protocol.keys import SlotRef, pack_slot_names, split_slot_refs
@@ -19,17 +21,38 @@ class StaleError(Exception):
     """A slot no longer held what LOOKUP had promised; what was read is worth nothing."""
 
 
+class Kind(msgspec.Struct, frozen=True):
+    """How a session differs from an ordinary engine's."""
+
+    window: int = 0
+    features: tuple[str, ...] = ()
+    timeout_ms: int = 2_000
+
+
+ORDINARY = Kind()
+
+
 class Session:
     def __init__(
-        self, runtime_dir: Path, engine: str, part_bytes: int, namespace: bytes = b"session"
+        self,
+        runtime_dir: Path,
+        engine: str,
+        part_bytes: int,
+        namespace: bytes = b"session",
+        kind: Kind = ORDINARY,
     ) -> None:
-        self.client = Client(runtime_dir)
+        self.client = Client(runtime_dir, kind.timeout_ms)
         self.engine = engine
+        self._kind = kind
+        self._namespace = namespace
         self._presence = Presence(runtime_dir, presence_name(engine))
         self._part_bytes = part_bytes
-        self._namespace = namespace
         self._map: mmap.mmap | None = None
-        self.register()
+        try:
+            self.register()
+        except BaseException:
+            self.abandon()
+            raise
 
     def register(self) -> None:
         """Again after the server has started anew."""
@@ -39,12 +62,13 @@ class Session:
                 version_min=m.VERSION_MIN,
                 version_max=m.VERSION_MAX,
                 engine=self.engine,
+                features=self._kind.features,
                 role="worker",
                 namespace=self._namespace,
                 proof=self._presence.name,
                 pid=os.getpid(),
                 phase="ready",
-                layout=m.Layout(groups=(m.Group(self._part_bytes),)),
+                layout=m.Layout(groups=(m.Group(self._part_bytes, self._kind.window),)),
             ),
             m.Registered,
         )
@@ -52,10 +76,20 @@ class Session:
         self.boot = registered.boot
         self._attach(registered.arena)
 
+    def clear(self) -> int:
+        """Drops what its namespace holds; -> how many chunks"""
+        clear = m.Clear(id=self.client.next_id(), session=self.session)
+        return self.client.ask(clear, m.Done).count
+
+    def unregister(self) -> None:
+        self.client.ask(m.Unregister(id=self.client.next_id(), session=self.session), m.Done)
+
     def close(self) -> None:
         """Leaves as a process does that ends in good order."""
-        self.client.ask(m.Unregister(id=self.client.next_id(), session=self.session), m.Done)
-        self.abandon()
+        try:
+            self.unregister()
+        finally:
+            self.abandon()
 
     def abandon(self) -> None:
         """Leaves without a word."""
@@ -69,8 +103,8 @@ class Session:
         request = m.Reserve(id=self.client.next_id(), session=self.session, count=count)
         return split_slot_refs(self.client.ask(request, m.Reserved).slots)
 
-    def write(self, slot: SlotRef, content: bytes) -> None:
-        self._view[slot.offset : slot.offset + len(content)] = content
+    def write(self, slot: SlotRef, content: bytes, first: int = 0) -> None:
+        self._view[slot.offset + first : slot.offset + first + len(content)] = content
 
     def commit(self, hashes: Sequence[bytes], slots: Sequence[SlotRef], parent: bytes = b"") -> bytes:
         request = m.Commit(
@@ -84,6 +118,10 @@ class Session:
 
     def abort(self, slots: Sequence[SlotRef]) -> int:
         request = m.Abort(id=self.client.next_id(), session=self.session, slots=pack_slot_names(slots))
+        return self.client.ask(request, m.Done).count
+
+    def abort_all(self) -> int:
+        request = m.Abort(id=self.client.next_id(), session=self.session, slots=b"", all_but=True)
         return self.client.ask(request, m.Done).count
 
     def store(self, hashes: Sequence[bytes], contents: Sequence[bytes], parent: bytes = b"") -> bytes:
@@ -105,10 +143,12 @@ class Session:
         request = m.Release(id=self.client.next_id(), session=self.session, requests=requests)
         return self.client.ask(request, m.Done).count
 
-    def read(self, slot: SlotRef, hash_: bytes) -> bytes:
+    def read(self, slot: SlotRef, hash_: bytes, first: int = 0, count: int | None = None) -> bytes:
+        """`count` bytes from `first` on, without it all there are."""
         if not holds(self._view, self._geometry, slot, hash_):
             raise StaleError(f"slot {slot.number} before reading")
-        content = bytes(self._view[slot.offset : slot.offset + self._part_bytes])
+        end = self._part_bytes if count is None else first + count
+        content = bytes(self._view[slot.offset + first : slot.offset + end])
         if not holds(self._view, self._geometry, slot, hash_):
             raise StaleError(f"slot {slot.number} after reading")
         return content

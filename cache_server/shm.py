@@ -2,22 +2,27 @@
 
 import contextlib
 import errno
-import fcntl
 import logging
 import mmap
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cache_server.arena import Arena
+from cache_server.beats import Part, Pulse
+from cache_server.clock import monotonic_ms
+from cache_server.faults import Faults
 from cache_server.protocol.presence import is_file_at, lock_now
 from cache_server.protocol.slots import (
     DATA_ALIGN,
     SLAB_RAW,
     FormatError,
     Geometry,
+    clear_tables,
     read_header,
     read_slab,
     record_boot,
@@ -43,6 +48,7 @@ class ArenaFile:
     id: bytes
     geometry: Geometry
     map: mmap.mmap  # header and tables; the data is the clients' business
+    table: memoryview  # the only view of it
 
     @property
     def in_place(self) -> bool:
@@ -50,13 +56,14 @@ class ArenaFile:
         return is_file_at(self.path, os.fstat(self.fd))
 
     def arena(self, boot: int, wall_s: int) -> Arena:
-        table = memoryview(self.map)
-        return Arena(table, self.geometry, record_boot(table, boot, wall_s))
+        return Arena(self.table, self.geometry, record_boot(self.table, boot, wall_s))
 
     def close(self) -> None:
-        fcntl.flock(self.fd, fcntl.LOCK_UN)  # the map holds it too, and may outlive this
-        with contextlib.suppress(BufferError):  # a view of it is still about: the process ends soon
-            self.map.close()
+        """Lets go of the lock, and of the memory of a file that has no name any more."""
+        if not os.fstat(self.fd).st_nlink:
+            free_pages(self.fd)
+        self.table.release()
+        self.map.close()
         os.close(self.fd)
 
 
@@ -66,7 +73,7 @@ def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        _check_memory(path.parent, geometry.capacity_bytes)
+        _check_memory(path.parent, geometry.file_bytes)
         return _create(path, geometry, mode)
     except OSError as error:
         raise ArenaError(f"arena {path}: {error.strerror}: check the file's owner and permissions") from error
@@ -76,8 +83,9 @@ def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
         try:
             file = _take_over(path, fd, geometry)
         except FormatError as error:
-            _check_memory(path.parent, geometry.capacity_bytes - BLOCK_BYTES * os.fstat(fd).st_blocks)
+            _check_memory(path.parent, geometry.file_bytes - BLOCK_BYTES * os.fstat(fd).st_blocks)
             log.warning("arena: %s starts empty, the old file can't be taken over: %s", path, error)
+            free_pages(fd)
             path.unlink()
             return _create(path, geometry, mode)
         on_refusal.pop_all()
@@ -87,14 +95,39 @@ def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
 def _take_over(path: Path, fd: int, geometry: Geometry) -> ArenaFile:
     arena_id = _check_same(fd, geometry)
     mapped = _map(fd, geometry)
-    with memoryview(mapped) as table:
-        raw = sum(read_slab(table, geometry, slab) == SLAB_RAW for slab in range(geometry.slabs))
+    table = memoryview(mapped)
+    raw = sum(read_slab(table, geometry, slab) == SLAB_RAW for slab in range(geometry.slabs))
     try:
-        _check_memory(path.parent, raw * geometry.slab_bytes)
+        _check_memory(path.parent, raw * (geometry.slab_bytes + geometry.entries_bytes))
     except ArenaError:
+        table.release()
         mapped.close()  # it holds the lock as the descriptor does
         raise
-    return ArenaFile(path, fd, arena_id, geometry, mapped)
+    return ArenaFile(path, fd, arena_id, geometry, mapped, table)
+
+
+def free_pages(fd: int) -> None:
+    """Of an arena that is given up for good; asked by who holds its lock, before its name is removed.
+
+    Engines map a removed arena until a successor is served to them, and there may be no room for the
+    successor before this memory is free: they would wait for each other.
+    The tables go first, so that whoever reads freed bytes finds his slot's entry blank when he looks at it
+    after his last byte.  They are cleared, but keep their memory, and the file its length: engines go on
+    looking at entries, and a look at a page that can't be had kills them."""
+    size = os.fstat(fd).st_size
+    try:
+        geometry, _ = read_header(os.pread(fd, HEADER_BYTES, 0), any_version=True)
+        if size != geometry.file_bytes:
+            return
+        with mmap.mmap(fd, size) as mapped:
+            with memoryview(mapped) as table:
+                clear_tables(table, geometry)
+            for slab in range(geometry.slabs):  # other threads have their turn in between
+                mapped.madvise(mmap.MADV_REMOVE, geometry.slab_at(slab), geometry.slab_bytes)
+    except FormatError:  # no engine maps it
+        return
+    except OSError as error:
+        log.warning("arena: its memory is free when all engines have let go of it: %s", error)
 
 
 def _lock(fd: int, path: Path) -> None:
@@ -118,14 +151,16 @@ def _create(path: Path, geometry: Geometry, mode: int) -> ArenaFile:
         fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         _lock(fd, unfinished)
         os.ftruncate(fd, geometry.file_bytes)
+        os.posix_fallocate(fd, 0, geometry.table_at)
         mapped = _map(fd, geometry)
     except OSError as error:
         raise ArenaError(
             f"arena {path}: can't make a file of {geometry.file_bytes} bytes: {error.strerror}"
         ) from error
-    write_header(memoryview(mapped), geometry, arena_id)
+    table = memoryview(mapped)
+    write_header(table, geometry, arena_id)
     unfinished.rename(path)  # only a whole arena ever has the name
-    return ArenaFile(path, fd, arena_id, geometry, mapped)
+    return ArenaFile(path, fd, arena_id, geometry, mapped, table)
 
 
 def _map(fd: int, geometry: Geometry) -> mmap.mmap:
@@ -161,17 +196,24 @@ def _free_bytes(directory: Path) -> dict[str, int]:
     return free
 
 
-class Populator:
-    """Touches the arena's fresh memory in a thread of its own, so that no client ever waits for a first touch
-    or dies of one.  It writes zeros into slabs that nobody has been given yet; whoever runs the arena takes
-    the finished ones from `take_finished`."""
+def _moved(pulse: Pulse, begun_ms: int) -> None:
+    pulse.tick(monotonic_ms(), begun_ms)
 
-    def __init__(self, file: ArenaFile, slabs: list[int]) -> None:
+
+class Populator:
+    """Gives the arena's fresh memory to its slabs, and to their entries, in a thread of its own: no client
+    ever waits for a first touch, and nobody, the server itself included, dies of one when there is no memory
+    left.  It writes zeros into slabs that nobody has been given yet; whoever runs the arena takes the
+    finished ones from `take_finished`."""
+
+    def __init__(self, file: ArenaFile, slabs: list[int], part: Part, faults: Faults) -> None:
         self.failure = ""
         self._file = file
         self._waiting = deque(slabs)
         self._finished: deque[int] = deque()
         self._stop = threading.Event()
+        self._part = part
+        self._faults = faults
         self._thread = threading.Thread(target=self._run, name="populate", daemon=True)
 
     def start(self) -> None:
@@ -189,9 +231,13 @@ class Populator:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # this thread's alone, on Linux
         zeros = bytes(POPULATE_STEP_BYTES)
+        pulse = self._part.begin(monotonic_ms(), threading.current_thread().is_alive)
+        begun_ms = monotonic_ms()
         while self._waiting and not self._stop.is_set():
+            pulse.tick(monotonic_ms(), begun_ms)
+            self._faults.at("populate")
             try:
-                self._populate(self._waiting[0], zeros)
+                self._populate(self._waiting[0], zeros, partial(_moved, pulse, begun_ms))
             except OSError as error:
                 if not self.failure:
                     log.error("arena: populating stopped: %s; going on with what there is", error)  # noqa: TRY400
@@ -203,11 +249,18 @@ class Populator:
                     log.info("arena: populating goes on")
                 self.failure = ""
                 self._finished.append(self._waiting.popleft())
+                begun_ms = monotonic_ms()
+                pulse.tick(begun_ms, begun_ms, finished=1)
+        pulse.end()
 
-    def _populate(self, slab: int, zeros: bytes) -> None:
-        at = self._file.geometry.slab_at(slab)
-        end = at + self._file.geometry.slab_bytes
+    def _populate(self, slab: int, zeros: bytes, moved: Callable[[], None]) -> None:
+        geometry = self._file.geometry
+        entries_at = geometry.entry_at(slab * geometry.entries_per_slab)
+        os.posix_fallocate(self._file.fd, entries_at, geometry.entries_bytes)
+        at = geometry.slab_at(slab)
+        end = at + geometry.slab_bytes
         while at < end and not self._stop.is_set():
+            moved()
             step = min(POPULATE_STEP_BYTES, end - at)
             try:
                 at += os.pwrite(self._file.fd, zeros[:step] if step < len(zeros) else zeros, at)

@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from enum import Enum
 
 from cache_server.arena import Arena, Key, Slab
+from cache_server.handover import Handover
 from cache_server.index import Admission, Chunk, Index, Space
-from cache_server.protocol.keys import SlotRef
+from cache_server.protocol.keys import SlotRef, is_canary
 from cache_server.protocol.messages import Outcome
 from cache_server.protocol.slots import NO_NUMBER, Entry
 
 
 class Shortage(Enum):
     POPULATING = "fresh memory is still being populated"
+    LEAVING = "space that another slot size gives up is being emptied"
     FULL = "everything that could leave is leased or reserved"
+    NO_SPARE = "nothing is free, and a canary evicts nothing"
 
 
 class Storage:
@@ -21,6 +24,8 @@ class Storage:
         self.index = index
         self.evicted = 0
         self.restored = 0
+        self.spare_slots = 0  # of each size that is asked for: kept free for canaries
+        self._handover = Handover(arena, index)
         self._restore()
 
     def reserve(
@@ -33,8 +38,35 @@ class Storage:
             if self.arena.populating:
                 return Shortage.POPULATING
             if not self._make_room(slot_bytes, missing, sizes_in_use):
-                return Shortage.FULL
+                return Shortage.LEAVING if self._handover.leaving is not None else Shortage.FULL
+        slots = self.arena.reserve(slot_bytes, count, owner)
+        lacking = self.spare_slots - self.arena.available(slot_bytes)
+        if lacking > 0 and not self.arena.populating:
+            self._make_room(slot_bytes, lacking, sizes_in_use)
+        return slots
+
+    def reserve_spare(self, slot_bytes: int, count: int, owner: bytes) -> list[SlotRef] | Shortage:
+        """Of what is free."""
+        if self.arena.available(slot_bytes) < count:
+            return Shortage.POPULATING if self.arena.populating else Shortage.NO_SPARE
         return self.arena.reserve(slot_bytes, count, owner)
+
+    def hand_over(self) -> None:
+        """A little more of what is on its way from one slot size to another."""
+        self.evicted += self._handover.go_on()
+
+    @property
+    def canary_chunks(self) -> int:
+        return sum(len(space.chunks) for space in self.index.spaces if is_canary(space.prefix))
+
+    def drop_canaries(self, sizes_in_use: Sequence[int]) -> None:
+        """All that canaries have committed, and the slabs that were cut for them."""
+        self.clear([space for space in self.index.spaces if is_canary(space.prefix)])
+        for size in self.arena.slot_sizes:
+            if size not in sizes_in_use:
+                for slab in self.arena.slabs_of(size):
+                    if not slab.used:
+                        self.arena.uncut(slab)
 
     def commit(
         self, space: Space, owner: bytes, parent_hash: bytes, chunks: Sequence[tuple[bytes, tuple[int, int]]]
@@ -86,7 +118,7 @@ class Storage:
         taken = self._slabs_to_take(slot_bytes, missing, sizes_in_use)
         missing -= len(taken) * self.arena.slots_per_slab(slot_bytes)
         if missing > 0:
-            leaving = self.index.evict(slot_bytes, missing)
+            leaving = self.index.evict(slot_bytes, missing, self._handover.makes_room)
             if leaving is None:
                 return False
             for chunk in leaving:
@@ -99,40 +131,20 @@ class Storage:
 
     def _slabs_to_take(
         self, slot_bytes: int, missing: int, sizes_in_use: Sequence[int]
-    ) -> list[tuple[Slab, list[Chunk]]]:
+    ) -> list[tuple[Slab, Sequence[Chunk]]]:
         """Slabs of other sizes: empty ones, then the coldest of those who have more than their share."""
         wanted = -(-missing // self.arena.slots_per_slab(slot_bytes))
         others = [size for size in self.arena.slot_sizes if size != slot_bytes]
         empty = [slab for size in others for slab in self.arena.slabs_of(size) if not slab.used]
-        taken: list[tuple[Slab, list[Chunk]]] = [(slab, []) for slab in empty[:wanted]]
+        taken: list[tuple[Slab, Sequence[Chunk]]] = [(slab, ()) for slab in empty[:wanted]]
         share = self.arena.geometry.slabs // len({slot_bytes, *sizes_in_use})
         wanted = min(wanted, share - len(self.arena.slabs_of(slot_bytes)))
         for size in others:
             kept = len(self.arena.slabs_of(size)) - sum(slab.slot_bytes == size for slab, _ in taken)
             surplus = kept - (share if size in sizes_in_use else 0)
             if surplus > 0 and len(taken) < wanted:
-                taken += self._coldest_slabs(size, min(surplus, wanted - len(taken)))
+                taken += self._handover.give_up(size, min(surplus, wanted - len(taken)))
         return taken
-
-    def _coldest_slabs(self, slot_bytes: int, count: int) -> list[tuple[Slab, list[Chunk]]]:
-        """Of those that could be emptied now, with the chunks in them."""
-        inside: dict[int, list[Chunk]] = {}
-        for space in self.index.spaces:
-            if space.slot_bytes == slot_bytes:
-                for chunk in space.chunks.values():
-                    inside.setdefault(self.arena.slab_of(chunk.slot.number).number, []).append(chunk)
-        filled = [
-            (max(chunk.stamp for chunk in inside[slab.number]), slab.number, slab)
-            for slab in self.arena.slabs_of(slot_bytes)
-            if slab.used and len(inside.get(slab.number, ())) == slab.used  # else: reserved slots are in it
-        ]
-        coldest: list[tuple[Slab, list[Chunk]]] = []
-        for _, number, slab in sorted(filled, key=lambda entry: entry[:2]):
-            if len(coldest) == count:
-                break
-            if not any(chunk.leases for chunk in self.index.family(inside[number])):
-                coldest.append((slab, inside[number]))
-        return coldest
 
     def _drop(self, roots: Sequence[Chunk]) -> int:
         family = self.index.family(roots)
@@ -166,7 +178,7 @@ class Storage:
         space = self.index.space(entry.prefix, entry.group, entry.length, entry.window)
         parent = restored.get((entry.parent_generation, entry.parent_number))
         orphan = entry.parent_number != NO_NUMBER and parent is None
-        if orphan or entry.hash in space.chunks:
+        if orphan or entry.hash in space.chunks or is_canary(entry.prefix):
             self.arena.free(slot)
             return None
         return self.index.adopt(space, entry.hash, parent, slot, age)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+from cache_server import __version__
 from cache_server.client import Client, RefusedError, UnreachableError
 from cache_server.protocol import messages as m
+from cache_server.protocol.codec import ProtocolError
 from cache_server.protocol.presence import TOKEN
 from cache_server.report import Status, WorkerReport
 
@@ -31,6 +33,13 @@ def run(verb: str, runtime_dir: Path, *, as_json: bool) -> int:
             print(verbs[verb](client))
     except (UnreachableError, RefusedError, OSError) as error:
         print(f"cache-server: {error}", file=sys.stderr)
+        return 1
+    except (ProtocolError, msgspec.ValidationError) as error:
+        print(
+            f"cache-server: the server on {runtime_dir} is not understood by version {__version__}: {error}: "
+            "it is another version, or none: ask with the cache-server that runs it",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -68,7 +77,8 @@ def _worker_table(rows: tuple[WorkerReport, ...]) -> str:
     ]
     lines += [
         f"{row.engine[:24]:24} {row.role:>9} {f'{row.rank}/{row.world}':>7} {row.pid:>8} {row.state:>8} "
-        f"{row.silent_ms:>5} ms {_mib(row.stock_bytes):>9} {row.leases:>6}  {row.incomplete}".rstrip()
+        f"{row.silent_ms:>5} ms {_mib(row.stock_bytes):>9} {row.leases:>6}  "
+        f"{'canary ' if row.canary else ''}{row.incomplete}".rstrip()
         for row in rows
     ]
     return "\n".join(lines) if rows else "no worker is registered"

@@ -3,16 +3,18 @@
 Two witnesses, and each is believed for one thing only.  Messages tell that a process works; their absence
 makes it *silent*, and what it has reserved is quarantined: not given to anybody, not lost.  The kernel's lock
 on its presence file tells that it exists; only when every lock of an engine is free is the engine *gone*, and
-after a short grace (copies a device still has in flight) all that it held comes back.
+after a short grace (copies a device still has in flight) all that it held comes back.  A missing file is no
+witness: it may have been removed under a process that lives.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate
+from typing import NamedTuple
 
-from cache_server.protocol.keys import key_prefix, owner_of
-from cache_server.protocol.messages import Layout, Register
+from cache_server.protocol.keys import canary_prefix, key_prefix, owner_of
+from cache_server.protocol.messages import CANARY, Layout, Phase, Register
 from cache_server.protocol.slots import SLOT_ALIGN, align
 
 
@@ -43,9 +45,42 @@ class Member:
         self.registered_ms = now_ms
         self.heard_ms = now_ms
         self.pinged_ms = now_ms
+        self.since_ms = now_ms  # in its phase, and not silent
         self.pings = 0
         self.progress = 0
-        self.alive = True
+        self.stored_ms: int | None = None  # the last chunk that it committed
+        self.found_ms: int | None = None  # the last that it looked up and found
+        self.gone_ms: int | None = None
+        self.last_error = ""  # the last refusal of what it asked
+        self.last_error_ms: int | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.gone_ms is None
+
+    def hear(self, now_ms: int, silent_after_ms: int) -> None:
+        if now_ms - self.heard_ms > silent_after_ms:
+            self.since_ms = now_ms
+        self.heard_ms = now_ms
+
+    def was_refused(self, code: str, detail: str, now_ms: int) -> None:
+        self.last_error = f"{code}: {detail}"
+        self.last_error_ms = now_ms
+
+    def enter(self, phase: Phase, now_ms: int) -> None:
+        if phase != self.phase:
+            self.phase = phase
+            self.since_ms = now_ms
+
+    def state_since_ms(self, state: WorkerState, silent_after_ms: int) -> int:
+        match state:
+            case WorkerState.GONE:
+                assert self.gone_ms is not None, "only then is it gone"
+                return self.gone_ms
+            case WorkerState.SILENT:
+                return self.heard_ms + silent_after_ms
+            case WorkerState.READY | WorkerState.WARMING:
+                return self.since_ms
 
     def state(self, now_ms: int, silent_after_ms: int) -> WorkerState:
         if not self.alive:
@@ -67,13 +102,15 @@ class Engine:
     shapes: tuple[GroupShape, ...] = ()  # empty while not all ranks are registered
     incomplete: str = "no worker is registered"
     namespace: bytes = b""
+    canary: bool = False
 
     _prefix: tuple[int, bytes] | None = None
 
     def prefix(self, epoch: int) -> bytes:
         if self._prefix is None or self._prefix[0] != epoch:
             geometry = [(shape.window, *shape.part_bytes) for shape in self.shapes]
-            self._prefix = (epoch, key_prefix(self.namespace, epoch, geometry))
+            prefix = key_prefix(self.namespace, epoch, geometry)
+            self._prefix = (epoch, canary_prefix(prefix) if self.canary else prefix)
         return self._prefix[1]
 
     def settle(self) -> None:
@@ -89,6 +126,22 @@ class Engine:
         self.shapes = () if self.incomplete else _shapes(workers)
 
 
+class Seen(NamedTuple):
+    """The presence files at one moment, by name."""
+
+    living: frozenset[str]  # held by a process, or not to be asked
+    known: frozenset[str]  # those, and the files of the dead
+
+    @property
+    def dead(self) -> frozenset[str]:
+        return self.known - self.living
+
+
+def mark_of(proof: str) -> str:
+    """The part of a presence file's name that all of an engine's processes share: its owner in hex."""
+    return proof.partition(".")[0]
+
+
 class Registry:
     def __init__(self, new_session: Callable[[], int]) -> None:
         self.engines: dict[str, Engine] = {}
@@ -98,6 +151,10 @@ class Registry:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    @property
+    def canaries(self) -> int:
+        return sum(engine.canary for engine in self.engines.values())
 
     def member(self, session: int) -> tuple[Engine, Member] | None:
         return self._sessions.get(session)
@@ -112,11 +169,13 @@ class Registry:
         engine = self.engines.get(registration.engine)
         if engine is None:
             engine = Engine(registration.engine, owner_of(registration.engine))
+            engine.canary = CANARY in registration.features
             self.engines[engine.name] = engine
         place = (registration.role, registration.rank)
         member = engine.members.get(place)
         if member is not None and _same_process(member.registration, registration):
-            member.phase, member.heard_ms, member.alive = registration.phase, now_ms, True
+            member.enter(registration.phase, now_ms)
+            member.heard_ms, member.gone_ms = now_ms, None
         else:
             if member is not None:
                 del self._sessions[member.session]
@@ -136,18 +195,18 @@ class Registry:
         del self.engines[engine.name]
         return engine
 
-    def observe(self, locked: frozenset[str]) -> None:
+    def observe(self, locked: frozenset[str], now_ms: int) -> None:
         """`locked`: the presence files that live processes hold."""
         for engine, member in self._sessions.values():
             if member.alive and member.registration.proof not in locked:
-                member.alive = False
+                member.gone_ms = now_ms
                 engine.settle()
 
     def dead_owners(
         self, owners: set[bytes], locked: frozenset[str], now_ms: int, grace_ms: int
     ) -> list[bytes]:
         """Of `owners`, those all of whose processes have been dead for `grace_ms`."""
-        living = {name.partition(".")[0] for name in locked}
+        living = {mark_of(name) for name in locked}
         dead = {owner for owner in owners if owner.hex() not in living}
         self._dead_since_ms = {owner: self._dead_since_ms.get(owner, now_ms) for owner in sorted(dead)}
         return [owner for owner, since_ms in self._dead_since_ms.items() if now_ms - since_ms >= grace_ms]

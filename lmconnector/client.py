@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from cache_server.protocol import messages as m
 from lmconnector.errors import UnavailableError
-from lmconnector.link import Connected, Link
+from lmconnector.link import Connected, Garbage, Link
 
 OnReply = Callable[[m.Reply | None], None]  # None: not sent, or no reply in time
 PENDING_MAX = 4_096
@@ -19,6 +19,7 @@ class Client:
         self._clock = clock
         self._last_id = 0
         self._pending: dict[int, tuple[int, OnReply]] = {}
+        self.on_stray: Callable[[m.Reply], None] = lambda _reply: None  # to nothing that is waited for
 
     def next_id(self) -> int:
         self._last_id += 1
@@ -33,8 +34,9 @@ class Client:
 
     def poll(self, timeout_ms: int) -> None:
         for event in self._link.poll(timeout_ms):
-            if isinstance(event, m.Reply) and event.id in self._pending:
-                self._pending.pop(event.id)[1](event)
+            if isinstance(event, m.Reply):
+                pending = self._pending.pop(event.id, None)
+                (pending[1] if pending else self.on_stray)(event)
         now_ms = self._clock()
         overdue = [id_ for id_, (deadline_ms, _) in self._pending.items() if now_ms >= deadline_ms]
         for id_ in overdue:
@@ -49,10 +51,13 @@ def ask(link: Link, request: m.Request, deadline_ms: int, clock: Callable[[], in
     """One request over a link of its own, waited for; raises `UnavailableError`."""
     until_ms = clock() + deadline_ms
     sent = link.send(request)
+    strange = ""
     while (left_ms := until_ms - clock()) > 0:
         for event in link.poll(left_ms):
             if isinstance(event, Connected) and not sent:
                 sent = link.send(request)
+            if isinstance(event, Garbage):
+                strange = f"; what listens there sends bytes that are no reply: {event.detail}"
             if isinstance(event, m.Reply) and event.id == request.id:
                 return event
-    raise UnavailableError(f"no answer from the cache server within {deadline_ms} ms")
+    raise UnavailableError(f"no answer from the cache server within {deadline_ms} ms{strange}")

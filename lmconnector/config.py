@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import typing
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from lmconnector.errors import ConfigError
-from lmconnector.health import Timing
+from lmconnector.timing import Timing
 
 log = logging.getLogger(f"vllm.{__name__}")
 
@@ -24,8 +25,12 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     heartbeat_timeout_s: Seconds = 0.5  # after which a ping counts as unanswered
     fail_after: Annotated[int, Meta(ge=2, le=100)] = 3  # unanswered pings in a row
     lookup_wait_ms: Milliseconds = 2  # longest a scheduler step waits for a lookup
-    lookup_deadline_ms: Milliseconds = 50  # longest a request waits for a lookup
-    request_deadline_ms: Milliseconds = 2_000  # of everything else that is asked
+    # Longest a request waits for a lookup.  With less than a busy machine's turn each would be late, and each
+    # late one shuts the gate until the next pong.
+    lookup_deadline_ms: Annotated[int, Meta(ge=5, le=60_000)] = 100
+    # Of everything else that is asked; copies begin within it.  With less no registration would succeed.
+    request_deadline_ms: Annotated[int, Meta(ge=50, le=60_000)] = 2_000
+    sync_load_ms: Annotated[float, Meta(ge=0, le=60_000)] = 10.0  # longer loads run beside the steps
     store_decode: bool = False  # cache generated tokens too, not only prompts
     stock_slots: Annotated[int, Meta(ge=1, le=4_096)] = 64  # slots kept ready for stores, per cache group
 
@@ -38,6 +43,9 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         )
 
 
+KINDS = typing.get_type_hints(Options, include_extras=True)
+
+
 def parse(given: Mapping[str, object]) -> Options:
     known = Options.__struct_fields__
     for name in given:
@@ -45,10 +53,8 @@ def parse(given: Mapping[str, object]) -> Options:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             raise ConfigError(f"kv_connector_extra_config: unknown key {name!r}{hint}")
-    try:
-        options = msgspec.convert(dict(given), Options)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"kv_connector_extra_config: {error}") from error
+        _check(name, given[name])
+    options = msgspec.convert(dict(given), Options)
     if options.heartbeat_timeout_s > options.heartbeat_interval_s:
         raise ConfigError(
             f"kv_connector_extra_config: heartbeat_timeout_s = {options.heartbeat_timeout_s}: expected at "
@@ -62,6 +68,14 @@ def parse(given: Mapping[str, object]) -> Options:
     return options
 
 
+def _check(name: str, value: object) -> None:
+    """By itself, for msgspec's words of all of them would not tell the value."""
+    try:
+        msgspec.convert(value, KINDS[name])
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"kv_connector_extra_config: {name} = {value!r}: {error}") from error
+
+
 def log_options(options: Options) -> None:
     defaults = Options()
     words = [
@@ -73,4 +87,8 @@ def log_options(options: Options) -> None:
         )
         for name in options.__struct_fields__
     ]
-    log.info("options: %s", ", ".join(words))
+    log.info(
+        "options: %s; a hung server is left after %d ms at most",
+        ", ".join(words),
+        options.timing.hang_found_within_ms,
+    )

@@ -4,10 +4,13 @@ vLLM makes one instance in each worker and one beside its scheduler, and dies of
 every hook here ends in an answer, and an error is logged, counted, and a miss.
 """
 
-import functools
+from lmconnector.versions import refuse_unsupported_vllm
+
+refuse_unsupported_vllm()  # before any of vLLM's names: another version may not have them
+
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +23,23 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
-from lmconnector import config, layout
+from lmconnector import bridge, config, hashes, layout, plugin
+from lmconnector.bridge import HIT_SOURCE, OutcomeMetadata, PlanMetadata, PoolBlocks, guarded, scheduled
 from lmconnector.client import Client
 from lmconnector.errors import UnsupportedError
+from lmconnector.geometry import ChunkLayout
 from lmconnector.heartbeat import monotonic_ms
 from lmconnector.link import ZmqLink
 from lmconnector.membership import Member, registration
-from lmconnector.metadata import Outcome, Plan
+from lmconnector.metadata import Plan
+from lmconnector.metrics import Meter, PromMetrics, Stats, prom_metrics
+from lmconnector.pace import Pace
 from lmconnector.scheduler import SchedulerSide
 from lmconnector.stores import Surroundings
-from lmconnector.transfer import CpuTransfer
-from lmconnector.worker import WorkerSide
+from lmconnector.transfer import new_transfer
+from lmconnector.worker import Part, WorkerSide, without_an_arena
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,56 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(f"vllm.{__name__}")
 
-
-@dataclass
-class PlanMetadata(KVConnectorMetadata):
-    plan: Plan
-
-
-@dataclass
-class OutcomeMetadata(KVConnectorWorkerMetadata):
-    outcome: Outcome
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> "OutcomeMetadata":
-        assert isinstance(other, OutcomeMetadata), "all ranks run this connector"
-        return OutcomeMetadata(self.outcome.merged(other.outcome))
-
-
-def guarded(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """vLLM dies of an exception in a hook; this one answers with a miss instead."""
-
-    def wrap(hook: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(hook)
-        def total(self: "LMConnector", *args: Any, **kwargs: Any) -> Any:
-            try:
-                return hook(self, *args, **kwargs)
-            except Exception:  # a cache has no right to end the engine
-                self.errors += 1
-                if self.errors <= ERRORS_LOGGED_MAX:
-                    log.exception(
-                        "hook: %s failed, the cache is left out (%d so far)", hook.__name__, self.errors
-                    )
-                return default() if callable(default) else default
-
-        return total
-
-    return wrap
-
-
-ERRORS_LOGGED_MAX = 20
-
-
-class PoolBlocks:
-    """Blocks of vLLM's pool, held by their reference count."""
-
-    def __init__(self) -> None:
-        self.pool: Any = None
-
-    def hold(self, blocks: Sequence[int]) -> None:
-        self.pool.touch([self.pool.blocks[block] for block in blocks])
-
-    def let_go(self, blocks: Sequence[int]) -> None:
-        self.pool.free_blocks([self.pool.blocks[block] for block in blocks])
+PENDING_MS_MAX = 10_000  # vLLM is kept awake no longer for copies that do not end
 
 
 class LMConnector(KVConnectorBase_V1, SupportsHMA):
@@ -97,47 +56,68 @@ class LMConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        self.errors = 0
+        self.errors: Counter[str] = Counter()
         self._options = config.parse(transfer.kv_connector_extra_config or {})
+        self._chunks: ChunkLayout | None = None  # without one the cache is left out
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         self._member: Member | None = None
+        self._meter: Meter | None = None
         self._blocks = PoolBlocks()
-        self._plan: Plan | None = None
+        self._begin(role)
+
+    def _begin(self, role: KVConnectorRole) -> None:
         try:
-            self._chunks = layout.chunk_layout(vllm_config, kv_cache_config, self._options.chunk_tokens)
+            if role is KVConnectorRole.WORKER:  # whatever goes wrong here, it tells the loads as failed
+                self._worker = without_an_arena()
+            self._chunks = layout.chunk_layout(
+                self._vllm_config, self._kv_cache_config, self._options.chunk_tokens
+            )
+            self._namespace = layout.namespace(self._vllm_config, self._kv_cache_config, self._chunks)
+            if role is KVConnectorRole.SCHEDULER:
+                self._begin_scheduler(self._chunks)
         except UnsupportedError as error:
             log.warning("connector: serving without the cache: %s", error)
-            return
-        self._namespace = layout.namespace(vllm_config, kv_cache_config, self._chunks)
-        if role is KVConnectorRole.SCHEDULER:
-            config.log_options(self._options)
-            if transfer.kv_load_failure_policy != "recompute":
-                transfer.kv_load_failure_policy = "recompute"
-                log.info(
-                    "connector: kv_load_failure_policy set to recompute: a failed load costs time, no request"
-                )
-            self._member = self._new_member(None)
-            self._scheduler = self._new_scheduler(self._member)
+        except Exception:  # a cache has no right to end the engine
+            self._chunks = None
+            log.exception("connector: serving without the cache: a bug, or a vLLM that it does not know")
 
-    def _new_member(self, wire_layout: Any) -> Member:
-        parallel = self._vllm_config.parallel_config
-        return Member(
-            self._options,
-            registration(
-                self._kv_transfer_config.engine_id,
-                parallel.rank,
-                parallel.world_size,
-                self._namespace,
-                wire_layout,
-            ),
-        )
-
-    def _new_scheduler(self, member: Member) -> SchedulerSide:
+    def _begin_scheduler(self, chunks: ChunkLayout) -> None:
+        config.log_options(self._options)
+        if reason := hashes.why_unstable(self._vllm_config.cache_config.prefix_caching_hash_algo, os.environ):
+            log.warning("connector: %s", reason)
+        transfer = self._vllm_config.kv_transfer_config
+        if transfer.kv_load_failure_policy != "recompute":
+            transfer.kv_load_failure_policy = "recompute"
+            log.info(
+                "connector: kv_load_failure_policy set to recompute: a failed load costs time, no request"
+            )
+        member = self._member = Member(self._options, self._registration(None))
         client = Client(ZmqLink(member.runtime_dir), monotonic_ms)
-        world = self._vllm_config.parallel_config.world_size
-        around = Surroundings(self._options, self._chunks, client, member, self._blocks, world)
-        return SchedulerSide(around, monotonic_ms)
+        around = Surroundings(
+            self._options,
+            chunks,
+            client,
+            member,
+            self._blocks,
+            workers=self._vllm_config.parallel_config.world_size,
+            caches_locally=bool(self._vllm_config.cache_config.enable_prefix_caching),
+            steps_overlap=self._vllm_config.max_concurrent_batches > 1,
+            clock=monotonic_ms,
+        )
+        self._scheduler = SchedulerSide(around, Pace(layout.block_bytes(self._kv_cache_config)))
+        self._meter = Meter("scheduler", member.heartbeat, monotonic_ms)
+
+    def _registration(self, wire_layout: Any) -> Any:
+        parallel = self._vllm_config.parallel_config
+        engine, instance = self._kv_transfer_config.engine_id, self._vllm_config.instance_id
+        size = parallel.world_size
+        return registration(engine, parallel.rank, size, self._namespace, wire_layout, instance)
+
+    @property
+    def _cache_hit_source(self) -> Any:
+        """Where vLLM's metrics say that the hits come from; 0.32 has names for it."""
+        return HIT_SOURCE
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -145,16 +125,30 @@ class LMConnector(KVConnectorBase_V1, SupportsHMA):
 
     # The worker's side
 
-    @guarded(None)
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        if self._role is not KVConnectorRole.WORKER or not hasattr(self, "_namespace"):
+        if self._role is not KVConnectorRole.WORKER or self._chunks is None:
             return
+        try:
+            self._begin_worker(kv_caches, self._chunks)
+        except UnsupportedError as error:
+            log.warning("connector: serving without the cache: %s", error)
+        except Exception:  # a cache has no right to end the engine
+            log.exception("connector: serving without the cache: a bug, or a vLLM that it does not know")
+
+    def _begin_worker(self, kv_caches: dict[str, torch.Tensor], chunks: ChunkLayout) -> None:
         regions = layout.block_regions(self._kv_cache_config, kv_caches)
-        wire = layout.wire_layout(self._vllm_config, self._kv_cache_config, self._chunks, regions, kv_caches)
-        sizes = [group.part_bytes for group in wire.groups]
-        member = self._member = self._new_member(wire)
-        transfer = CpuTransfer(regions, self._chunks.groups)
-        self._worker = WorkerSide(transfer, sizes, wire.part, lambda: member.map)
+        wire = layout.wire_layout(self._vllm_config, self._kv_cache_config, chunks, regions, kv_caches)
+        transfer = new_transfer(regions, chunks.groups)
+        sizes = tuple(group.part_bytes for group in wire.groups)
+        stores = layout.stores_its_part(self._vllm_config, self._kv_cache_config)
+        member = Member(self._options, self._registration(wire), transfer)
+        part = Part(wire.part, sizes, wire.block_bytes, stores)
+        self._worker = WorkerSide(
+            transfer, part, lambda: member.map, deadline_ms=self._options.request_deadline_ms
+        )
+        self._meter = Meter(f"worker {wire.tp_rank + wire.pp_rank * wire.tp}", member.heartbeat, monotonic_ms)
+        self._member = member
+        member.announce()
 
     @guarded(None)
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
@@ -165,9 +159,10 @@ class LMConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        if self._worker is not None and self._member is not None:
-            self._member.heartbeat.ensure_started()
+        if self._worker is not None:
             self._worker.load(self._bound_plan())
+        if self._member is not None:
+            self._member.heartbeat.ensure_started()
 
     def wait_for_layer_load(self, layer_name: str) -> None: ...
 
@@ -226,6 +221,7 @@ class LMConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.on_allocated(request, blocks.get_block_ids(), num_external_tokens)
 
+    @guarded(lambda: PlanMetadata(Plan()))
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         plan = self._scheduler.take_loads() if self._scheduler is not None else Plan()
         self._add_stores(plan, scheduler_output)
@@ -236,8 +232,9 @@ class LMConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return
         for request_id in output.preempted_req_ids or ():
-            self._scheduler.on_preempted(request_id)
-        self._scheduler.add_stores(plan, _scheduled(output))
+            if request_id not in output.num_scheduled_tokens:  # else it has been taken up again already
+                self._scheduler.on_preempted(request_id)
+        self._scheduler.add_stores(plan, scheduled(output, self._scheduler.storing))
 
     @guarded(None)
     def update_connector_output(self, connector_output: Any) -> None:
@@ -258,26 +255,44 @@ class LMConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(lambda: False)
     def has_pending_push_work(self) -> bool:
-        return self._scheduler is not None and self._scheduler.stores.under_way
+        """vLLM makes steps while this is true, also without a request: the end of a copy is told by one."""
+        since_ms = monotonic_ms() - PENDING_MS_MAX
+        return self._scheduler is not None and self._scheduler.jobs.begun_since(since_ms)
 
     @guarded(lambda: False)
     def reset_cache(self) -> bool | None:
         if self._scheduler is not None:
-            self._scheduler.reset()
+            return self._scheduler.reset()
         return True
 
+    # Either's
+
     @guarded(None)
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        counters = [side.counts for side in (self._worker, self._scheduler) if side is not None]
+        return self._meter.take(self.errors, *counters) if self._meter is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return Stats(data) if data is not None else None
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> PromMetrics | None:
+        return prom_metrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def shutdown(self) -> None:
-        for side in (self._worker, self._scheduler, self._member):
-            if side is not None:
-                side.close()
+        """Each by itself, and the member last: by its lock the server knows that we may still copy."""
+        copies_ended = False
+        with bridge.Shielded("shutdown"):
+            copies_ended = self._worker is None or self._worker.close()
+        with bridge.Shielded("shutdown"):
+            if self._scheduler is not None:
+                self._scheduler.close()
+        with bridge.Shielded("shutdown"):
+            if self._member is not None:
+                self._member.close(copies_ended=copies_ended)
 
 
-def _scheduled(output: Any) -> Iterable[tuple[str, int, Callable[[], Sequence[Sequence[int]]]]]:
-    state = output.kv_connector_block_state
-    cached = output.scheduled_cached_reqs
-    computed = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
-    computed += zip(cached.req_ids, cached.num_computed_tokens, strict=True)
-    for request_id, tokens in computed:
-        tables = functools.partial(state.get_block_ids, request_id)
-        yield request_id, tokens + output.num_scheduled_tokens[request_id], tables
+plugin.register()

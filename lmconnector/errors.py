@@ -1,12 +1,18 @@
 """What may go wrong on the engine's side.  Nothing of it reaches vLLM: a failure of the cache is a miss."""
 
+ONE_USER = "run engine and server as one user, or give the server a `group` that both are in"  # the advice
+
 
 class CacheError(Exception):
-    """The root of them all; `connector.py` turns it into a counted miss."""
+    """The root of them all; one that gets as far as a hook of vLLM's, `bridge.guarded` counts as a miss."""
 
 
 class ConfigError(CacheError, ValueError):
     """An option is wrong; raised at start, before anything runs."""
+
+
+class VersionError(CacheError):
+    """This vLLM's contract with connectors is not one we know; raised at start, before anything runs."""
 
 
 class UnsupportedError(CacheError):

@@ -1,10 +1,11 @@
 """What the scheduler's side sees of the heartbeat, and what it tells it."""
 
-from collections import Counter
 from typing import Protocol
 
 from cache_server.protocol import messages as m
 from cache_server.protocol.messages import Code
+
+RETRY_MS = 1_000  # until what came to nothing is asked again
 
 
 class Gate(Protocol):
@@ -26,17 +27,14 @@ class Gate(Protocol):
     def forgotten(self, session: int) -> None: ...
 
 
-def note_failure(
-    gate: Gate, counts: Counter[str], request: m.Lookup | m.Commit, reply: m.Reply | None
-) -> None:
-    """Counts a request that came to nothing, and lets the heartbeat draw its conclusions."""
+def note_failure(gate: Gate, request: m.Lookup | m.Commit | m.Clear, reply: m.Reply | None) -> str:
+    """Lets the heartbeat draw its conclusions from a request that came to nothing; -> what to count it as."""
     op = type(request).__name__.lower()
     if reply is None:
-        counts[f"{op}_late"] += 1
         gate.disappointed()
-    elif isinstance(reply, m.Refused):
-        counts[f"{op}_refused_{reply.code.lower()}"] += 1
+        return f"{op}_late"
+    if isinstance(reply, m.Refused):
         if reply.code == Code.UNKNOWN_SESSION:
             gate.forgotten(request.session)
-    else:
-        counts[f"{op}_strange"] += 1
+        return f"{op}_refused_{reply.code.lower()}"
+    return f"{op}_answered_strangely"

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from cache_server.protocol.keys import HASH_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
@@ -23,6 +25,7 @@ class ChunkLayout:
         return self.chunk_tokens // self.hash_tokens
 
     def chunk_hashes(self, block_hashes: list[bytes]) -> list[bytes]:
-        """A chunk goes by the hash of its last block, which chains over all before it."""
-        step = self.hashes_per_chunk
-        return [bytes(block_hashes[at]) for at in range(step - 1, len(block_hashes), step)]
+        """A chunk goes by the hash of its last block, which chains over all before it.  Those of xxhash are
+        shorter than the protocol's; the namespace tells them from others."""
+        ends = range(self.hashes_per_chunk - 1, len(block_hashes), self.hashes_per_chunk)
+        return [bytes(block_hashes[at]).ljust(HASH_BYTES, b"\0") for at in ends]

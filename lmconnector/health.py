@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-JITTER_PERCENT = 10  # of the interval, either way: many workers do not beat as one
+from lmconnector.timing import JITTER_PERCENT, Timing
 
 
 class State(Enum):
@@ -37,35 +37,6 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.RECOVERING: frozenset({State.HEALTHY, State.DEGRADED, State.STOPPED}),
     State.STOPPED: frozenset(),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    interval_ms: int = 1_000
-    timeout_ms: int = 500  # after which a ping counts as unanswered
-    fail_after: int = 3  # unanswered pings in a row
-    recover_timeout_ms: int = 5_000  # for a registration, mapping and pinning included
-    hold_ms_max: int = 30_000  # the longest that lost trust keeps the gate shut
-
-    def __post_init__(self) -> None:
-        assert self.interval_ms >= 4
-        assert 0 < self.timeout_ms <= self.interval_ms
-        assert self.fail_after >= 2, "one lost ping never degrades"
-
-    @property
-    def _gap_ms_max(self) -> int:
-        return self.interval_ms * (100 + JITTER_PERCENT) // 100
-
-    @property
-    def hang_found_within_ms(self) -> int:
-        """From the last pong to DEGRADED; the gate is shut `fail_after - 1` timeouts earlier."""
-        return self._gap_ms_max + self.fail_after * self.timeout_ms
-
-    @property
-    def trusted_for_ms(self) -> int:
-        """The gate is shut this long after the server was last good, our own process's stalls not counted.
-        A registration's answer may be as old as it may take."""
-        return max(self._gap_ms_max, self.recover_timeout_ms) + self.timeout_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +78,7 @@ class Health:
         self._since_ms = 0
         self._unusable_since_ms = 0
         self._seq = 0
+        self._doubted_seq = 0  # pongs up to this one are older than the last disappointment
         self._unanswered: list[tuple[int, int]] = []  # (seq, sent at ms), at most `fail_after`
         self._sent_ms = 0
         self._ping_at_ms = 0
@@ -197,11 +169,15 @@ class Health:
         elif not pong.known:
             self.on_forgotten(now_ms)
         elif self._state is State.SUSPECT and prompt and now_ms >= self._hold_until_ms:
-            self._become(State.HEALTHY, "the server answers", now_ms)
+            if pong.seq > self._doubted_seq:
+                self._become(State.HEALTHY, "the server answers", now_ms)
+            else:
+                self._ask_soon(now_ms)
 
     def on_disappointment(self, now_ms: int) -> None:
-        """A cache operation ran into its deadline: ask the server at once.  It may answer pings and nothing
-        else: hence the hold."""
+        """A cache operation ran into its deadline: ask the server at once; only that answer counts.  It may
+        answer pings and nothing else: hence the hold."""
+        self._doubted_seq = self._seq
         if self._state is State.HEALTHY:
             self._suspect("an operation ran into its deadline", now_ms)
             self._ping_at_ms = min(self._ping_at_ms, now_ms)
@@ -226,8 +202,7 @@ class Health:
     def on_connected(self, now_ms: int) -> None:
         """Ask soon: it may be a new server.  Not at once: connections may come and go without end."""
         if self._state not in (State.DORMANT, State.STOPPED):
-            pause_ms = min(self._timing.interval_ms // 4, self._timing.timeout_ms)
-            self._ping_at_ms = min(self._ping_at_ms, max(now_ms, self._sent_ms + pause_ms))
+            self._ask_soon(now_ms)
 
     def on_disconnected(self, now_ms: int) -> None:
         if self._state in (State.HEALTHY, State.SUSPECT, State.RECOVERING):
@@ -280,6 +255,10 @@ class Health:
             self._hold_ms = 0
         self._hold_until_ms = now_ms + self._hold_ms
         self._hold_ms = min(2 * self._hold_ms or self._timing.interval_ms, hold_ms_max)
+
+    def _ask_soon(self, now_ms: int) -> None:
+        pause_ms = min(self._timing.interval_ms // 4, self._timing.timeout_ms)
+        self._ping_at_ms = min(self._ping_at_ms, max(now_ms, self._sent_ms + pause_ms))
 
     def _ping(self, now_ms: int) -> None:
         self._seq += 1

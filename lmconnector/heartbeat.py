@@ -1,7 +1,7 @@
 """The thread around `Health`: owns its link, asks the clock, runs the actions.
 
 Threading: `begin`, `step` and `end` run in the heartbeat thread alone; all other public methods may be called
-from any.  The link is made in the thread that uses it.  A registration may take long (memory to pin), so it
+from any.  The link is made in the thread that uses it.  A registration waits for the server's answer, so it
 runs in a thread of its own while the pings go on; there is one at a time, even if one is given up.
 """
 
@@ -14,11 +14,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from cache_server.protocol import messages as m
+from lmconnector import cores
 from lmconnector.errors import RegistrationError
-from lmconnector.health import Change, Health, Ping, Pong, State, Timing
+from lmconnector.health import Change, Health, Ping, Pong, State
 from lmconnector.link import Connected, Disconnected, Event, Garbage, Link
+from lmconnector.pace import RoundTrip
+from lmconnector.timing import Timing
 
 log = logging.getLogger(f"vllm.{__name__}")
+
+CHANGES_MAX = 256
+REASONS_TOLD_MAX = 8  # of one outage
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +56,25 @@ class Heartbeat:
         self.health = Health(timing, self._on_change)
         self.membership: Membership | None = None  # of the last successful registration
         self.strange_replies = 0
+        self.round_trip = RoundTrip()  # of the pings
+        self.changes: deque[Change] = deque(maxlen=CHANGES_MAX)  # for one reader, who takes them out
         self._new_link = new_link
         self._register = register
         self._clock = clock
         self._run = run
         self._link: Link | None = None
+        self._last_ping = (0, 0)  # (seq, sent at ns)
+        self._told: set[str] = set()  # reasons of the present outage
+        self._attempts = 0  # to end it
         self._inbox: deque[Callable[[int], None]] = deque()  # what other threads have to say, given the time
-        self._gate_shut = False  # by a thread that waited in vain, until the heartbeat has taken note
+        self._doubts: deque[None] = deque()  # of those who waited in vain, until the heartbeat has taken note
         self._stopping = False
         self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     @property
     def usable(self) -> bool:
-        return self.health.usable and not self._gate_shut
+        return not self._doubts and self.health.usable  # in this order: a doubt goes when the state has it
 
     def ensure_started(self) -> None:
         with self._start_lock:
@@ -82,7 +93,7 @@ class Heartbeat:
 
     def disappointed(self) -> None:
         """An operation ran into its deadline: no other is to do so before the server has answered."""
-        self._gate_shut = True
+        self._doubts.append(None)
         self._say(self._take_disappointment)
 
     def forgotten(self, session: int = 0) -> None:
@@ -119,6 +130,7 @@ class Heartbeat:
             self._link.close()
 
     def _loop(self) -> None:
+        cores.spread()
         try:
             self.begin()
             while not self._stopping:
@@ -129,6 +141,9 @@ class Heartbeat:
     def _on_event(self, event: Event, now_ms: int) -> None:
         match event:
             case m.Pong():
+                if event.seq == self._last_ping[0]:
+                    took_us = (time.perf_counter_ns() - self._last_ping[1]) // 1_000
+                    self.round_trip = self.round_trip.then(took_us)
                 self.health.on_pong(Pong(event.seq, event.boot, event.known, event.state == "ready"), now_ms)
             case Connected():
                 self.health.on_connected(now_ms)
@@ -142,6 +157,7 @@ class Heartbeat:
             if isinstance(action, Ping):
                 session = self.membership.session if self.membership else 0
                 assert self._link is not None
+                self._last_ping = (action.seq, time.perf_counter_ns())
                 self._link.send(m.Ping(id=action.seq, seq=action.seq, session=session))
                 self.health.on_sent(action.seq, self._clock())
             else:
@@ -170,7 +186,7 @@ class Heartbeat:
 
     def _take_disappointment(self, now_ms: int) -> None:
         self.health.on_disappointment(now_ms)
-        self._gate_shut = False  # the state has it shut now, if it was open
+        self._doubts.popleft()  # the state has the gate shut now, if it was open
 
     def _say(self, what: Callable[[int], None]) -> None:
         self._inbox.append(what)
@@ -181,9 +197,24 @@ class Heartbeat:
             self._link.wake()
 
     def _on_change(self, change: Change) -> None:
-        level = logging.WARNING if change.new is State.DEGRADED else logging.INFO
+        self.changes.append(change)
+        level = self._level_of(change)
         outage = f" unusable_ms={change.unusable_ms}" if change.unusable_ms else ""
         log.log(
             level, 'health: %s -> %s why="%s" lasted_ms=%d%s',
             change.old.value, change.new.value, change.why, change.lasted_ms, outage,
         )  # fmt: skip
+
+    def _level_of(self, change: Change) -> int:
+        """An outage is told once: not each attempt that fails again for a reason that was told before."""
+        if change.new is State.DEGRADED:
+            if change.why in self._told or len(self._told) == REASONS_TOLD_MAX:
+                return logging.DEBUG
+            self._told.add(change.why)
+            return logging.WARNING
+        if change.new is State.HEALTHY:
+            self._told.clear()
+            self._attempts = 0
+        elif change.old is State.DEGRADED:
+            self._attempts += 1
+        return logging.DEBUG if self._attempts > 1 and change.new is State.RECOVERING else logging.INFO

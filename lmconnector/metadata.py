@@ -1,9 +1,12 @@
 """What crosses between the scheduler's and the workers' connectors, inside vLLM's own messages."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cache_server.protocol.keys import SlotRef
+
+NO_BLOCK = 0  # vLLM's null block: the group no longer needs, or never had, this one
 
 
 class Piece(NamedTuple):
@@ -20,10 +23,15 @@ class Piece(NamedTuple):
 class Load:
     """Into a request's blocks; before the step's forward pass if `at_once`, else beside the coming steps."""
 
+    number: int
     request: str
     at_once: bool
     pieces: list[Piece]
     lost: tuple[int, ...] = ()  # blocks that can't be loaded: then it fails, and they are recomputed
+
+    @property
+    def blocks(self) -> list[int]:
+        return [*self.lost, *(block for piece in self.pieces for block in piece.blocks)]
 
 
 @dataclass(slots=True)
@@ -44,23 +52,20 @@ class Plan:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one or several workers did in a step: how many of them ended each job, and which failed."""
+    """What one or several workers did in a step: by how many of them each job was ended, and which failed."""
 
-    stored: dict[int, int] = field(default_factory=dict)
-    not_stored: set[int] = field(default_factory=set)
-    loaded: dict[str, int] = field(default_factory=dict)
-    not_loaded: set[str] = field(default_factory=set)
+    ended: Counter[int] = field(default_factory=Counter)
+    failed: set[int] = field(default_factory=set)
+    loaded_blocks: int = 0
+    load_us: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.stored or self.loaded)
+        return bool(self.ended)
 
     def merged(self, other: "Outcome") -> "Outcome":
         return Outcome(
-            {job: self.stored.get(job, 0) + other.stored.get(job, 0) for job in self.stored | other.stored},
-            self.not_stored | other.not_stored,
-            {
-                name: self.loaded.get(name, 0) + other.loaded.get(name, 0)
-                for name in self.loaded | other.loaded
-            },
-            self.not_loaded | other.not_loaded,
+            self.ended + other.ended,
+            self.failed | other.failed,
+            self.loaded_blocks + other.loaded_blocks,
+            self.load_us + other.load_us,
         )

@@ -1,74 +1,87 @@
 """The scheduler's side: what a prompt finds in the cache, and each step's plan for the workers.
 
-vLLM's scheduler thread only.  One record per request; when the request ends, nothing of it stays.
+vLLM's scheduler thread only.  One record per request; when the request ends, nothing of it stays but the
+copies that workers still make, each a job with its own lease or its own held blocks.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from functools import partial
+from itertools import chain
 
 from cache_server.protocol import messages as m
+from cache_server.protocol.keys import HASH_BYTES
 from lmconnector.gate import note_failure
-from lmconnector.metadata import Load, Outcome, Piece, Plan
-from lmconnector.requests import Phase, Record, found_of
+from lmconnector.jobs import Jobs, Kind
+from lmconnector.metadata import Load, Outcome, Plan
+from lmconnector.pace import Pace
+from lmconnector.pairing import pieces
+from lmconnector.requests import Found, Phase, Record, Request, fits, found_of
 from lmconnector.stores import Stores, Surroundings
 
 RELEASES_MAX = 1_000  # leases given back with one message
-
-
-class Request(Protocol):
-    """What is used of vLLM's request."""
-
-    request_id: str
-    num_tokens: int
-    num_prompt_tokens: int
-    block_hashes: list[bytes]
-
+NO_HIT = (0, False)
+ASK_AGAIN = (None, False)
+PATIENCE_ALONE = 30  # times as long may a load before the step take that nobody else waits for
 
 # A request, its tokens computed when the step is done, its block ids per group.
 Scheduled = tuple[str, int, Callable[[], Sequence[Sequence[int]]]]
 
 
 class SchedulerSide:
-    def __init__(self, around: Surroundings, clock: Callable[[], int]) -> None:
+    def __init__(self, around: Surroundings, pace: Pace) -> None:
         self.counts: Counter[str] = Counter()
-        self.stores = Stores(around, self.counts)
+        self.jobs = Jobs(around.workers)
+        self.stores = Stores(around, self.jobs, self.counts)
         self._options = around.options
         self._layout = around.layout
         self._client = around.client
         self._gate = around.gate
-        self._workers = around.workers
-        self._clock = clock
+        self._clock = around.clock
+        self._hybrid = len(around.layout.groups) > 1
+        # That a load failed can be told in time only when no step waits for it: of a hybrid model by no other
+        # way, and with overlapping steps the next one would already go on from what was not there.
+        self._always_beside = self._hybrid or around.steps_overlap
+        self._block_tokens = min(group.block_tokens for group in around.layout.groups)
+        self._caches_locally = around.caches_locally
+        self._pace = pace
         self._records: dict[str, Record] = {}
         self._requests: dict[str, Request] = {}
+        self.storing: dict[str, Record] = {}  # those that may still have something to store
+        self._blocks = around.blocks
         self._loads: list[Load] = []
+        self._arenas: set[bytes] = set()  # in which they are
+        self._tables: list[Sequence[int]] = []  # of those that joined since its first load at once
+        self._loading_beside: dict[bytes, int] = {}  # chunk -> since when
         self._releases: list[str] = []
         self._part_offsets: dict[int, tuple[int, ...]] = {}
+        self._step_waits_until_ms = 0
 
     # A request's way
 
     def on_new_request(self, request: Request) -> None:
         self._requests[request.request_id] = request
-        record = self._records[request.request_id] = Record(request.request_id)
+        record = Record(request.request_id, looked_up_at=self.stores.settled)
+        self._records[record.id] = self.storing[record.id] = record
         self.stores.stock.refill(self._clock())  # what this request computes can be stored in its first step
         self._look_up(record, request)
 
     def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond the local ones can be loaded, None: ask again; and if beside the steps."""
         record = self._records.get(request.request_id)
-        if record is None or record.refuses_hits:
-            return 0, False
+        if record is None:
+            return NO_HIT
         if record.phase is Phase.LOOKING:
-            self._client.poll(0 if record.waited else self._options.lookup_wait_ms)
-            record.waited = True
+            self._wait_for_lookup(record)
         if record.phase is Phase.LOOKING:
-            return None, False
-        if record.phase is not Phase.FOUND or record.found is None:
-            return 0, False
-        if self._clock() >= record.found.build_until_ms:
+            return ASK_AGAIN
+        found = record.found
+        if record.phase is not Phase.FOUND or found is None:
+            return NO_HIT
+        if self._clock() >= found.build_until_ms or found.arena != self._gate.arena:
             self._look_up(record, request)  # it has waited for long: is it still there?
-            return None, False
-        return self._offer(record, request, local_tokens)
+            return ASK_AGAIN
+        return self._offer(record, found, request, local_tokens)
 
     def on_preempted(self, request_id: str) -> None:
         """It will wait again, and may find more than at first."""
@@ -76,97 +89,150 @@ class SchedulerSide:
         if record is not None and request is not None and record.phase is Phase.RUNNING:
             self._look_up(record, request)
 
-    def _look_up(self, record: Record, request: Request) -> None:
-        self._let_lease_go(record)
-        hashes = self._layout.chunk_hashes(request.block_hashes)
-        if not hashes or not self._gate.usable or record.refuses_hits:
-            record.phase = Phase.RUNNING
-            return
-        record.attempt += 1
-        record.phase, record.waited, record.hashes = Phase.LOOKING, False, tuple(hashes)
-        attempt, lease = record.attempt, record.lease
-
-        def take(reply: m.Reply | None) -> None:
-            if self._records.get(record.id) is record and record.attempt == attempt:
-                self._take_lookup(record, lookup, reply)
-            elif isinstance(reply, m.Found) and reply.chunks:
-                self._releases.append(lease)  # its request is gone
-
-        lookup = m.Lookup(
-            id=self._client.next_id(),
-            session=self._gate.session,
-            request=lease,
-            hashes=b"".join(hashes[: m.CHUNKS_MAX]),
-            epoch=self.stores.epoch,
-        )
-        self._client.send(lookup, self._options.lookup_deadline_ms, take)
-
-    def _take_lookup(self, record: Record, lookup: m.Lookup, reply: m.Reply | None) -> None:
-        record.phase = Phase.RUNNING
-        if not isinstance(reply, m.Found):
-            note_failure(self._gate, self.counts, lookup, reply)
-            return
-        self._gate.succeeded()
-        self.counts["lookups"] += 1
-        record.stored_chunks = max(record.stored_chunks, reply.chunks)
-        if reply.chunks:
-            record.phase = Phase.FOUND
-            record.found = found_of(reply, self._clock())
-            self._part_offsets = dict(enumerate(reply.part_offsets))
-
-    def _offer(self, record: Record, request: Request, local_tokens: int) -> tuple[int, bool]:
-        assert record.found is not None, "a hit was found"
-        hybrid = len(self._layout.groups) > 1
-        tokens = record.found.chunks * self._layout.chunk_tokens
-        if tokens >= request.num_tokens:  # one token at least is to be computed
-            tokens = request.num_tokens - 1
-            if hybrid:
-                tokens -= tokens % self._layout.chunk_tokens
-        record.local_tokens = local_tokens
-        offered = max(0, tokens - local_tokens)
-        # That a load failed can be told of a hybrid model only when it ran beside the steps.
-        return offered, hybrid and offered > 0
-
     def on_allocated(self, request: Request, blocks: Sequence[Sequence[int]], tokens: int) -> None:
         """`blocks` per group; `tokens` of ours are to be loaded into them."""
         record = self._records.get(request.request_id)
-        if record is None or record.phase is not Phase.FOUND:
-            return
+        if record is not None and record.phase is Phase.FOUND and record.found is not None:
+            self._take_up(record, record.found, blocks, tokens)
+        else:
+            assert not tokens, "vLLM loads what nobody offered"
+        if record is not None:
+            self.storing[record.id] = record
+        if any(load.at_once for load in self._loads):
+            self._tables.append(blocks[0])
+
+    def _take_up(self, record: Record, found: Found, blocks: Sequence[Sequence[int]], tokens: int) -> None:
+        record.found, lease = None, record.lease
         if not tokens:
-            self._let_lease_go(record)
             record.phase = Phase.RUNNING
+            self._releases.append(lease)
             return
-        groups = range(len(self._layout.groups))
-        load = Load(record.id, len(groups) == 1, [])
         record.phase = Phase.LOADING
-        record.workers_left = self._workers
+        kind = Kind.LOAD_BESIDE if record.beside else Kind.LOAD
+        load = Load(0, record.id, not record.beside, [])
+        end = partial(self._end_load, record, lease, load, self._tables)
+        load.number = self.jobs.begin(kind, self._clock(), end)
         self._loads.append(load)  # before anything can go wrong: vLLM counts on these tokens now
-        load.lost = tuple(block for group in blocks for block in group if block)
-        for group in groups:
-            load.pieces += self._pieces(record, group, blocks[group], tokens)
+        self._arenas.add(found.arena)
+        load.lost = tuple(filter(None, chain.from_iterable(blocks)))
+        load.pieces += pieces(self._layout, record, found, blocks, tokens)
         load.lost = ()
+        if record.beside:
+            for piece in load.pieces:  # who gave up waiting for a slow load does not make others wait anew
+                self._loading_beside.setdefault(piece.hash, self._clock())
         self.counts["loads"] += 1
         self.counts["hit_tokens"] += tokens
 
-    def _pieces(self, record: Record, group: int, blocks: Sequence[int], tokens: int) -> Iterable[Piece]:
-        assert record.found is not None, "there is something to load"
-        layout = self._layout.groups[group]
-        first = record.local_tokens // layout.block_tokens
-        end = -(-(record.local_tokens + tokens) // layout.block_tokens)
-        per_chunk = layout.blocks_per_chunk
-        for chunk in range(first // per_chunk, -(-end // per_chunk)):
-            at = chunk * per_chunk
-            wanted = [at_ for at_ in range(max(first, at), min(end, at + per_chunk)) if blocks[at_]]
-            if wanted:  # the blocks that a window keeps are the last ones: they lie in a row
-                slot = record.found.slots[group][chunk]
-                ids = tuple(blocks[wanted[0] : wanted[-1] + 1])
-                yield Piece(group, slot, record.hashes[chunk], wanted[0] - at, ids)
-
     def on_finished(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
+        self.storing.pop(request_id, None)
         record = self._records.pop(request_id, None)
         if record is not None:
             self._let_lease_go(record)
+
+    def _look_up(self, record: Record, request: Request) -> None:
+        self._let_lease_go(record)
+        record.phase = Phase.RUNNING
+        hashes = self._layout.chunk_hashes(request.block_hashes)
+        if self._hybrid:  # it loads whole chunks, and one token at least is to be computed
+            del hashes[(request.num_tokens - 1) // self._layout.chunk_tokens :]
+        if not hashes or record.refuses_hits or request.skip_reading_prefix_cache:
+            return
+        if not self._gate.usable:
+            self.counts["drops/lookup_gate_shut"] += 1
+            return
+        record.attempt += 1
+        record.phase, record.hashes = Phase.LOOKING, tuple(hashes)
+        record.looking_until_ms = self._clock() + self._options.lookup_deadline_ms
+        record.looked_up_at = self.stores.settled
+        lookup = m.Lookup(
+            id=self._client.next_id(),
+            session=self._gate.session,
+            request=record.lease,
+            hashes=b"".join(hashes[: m.CHUNKS_MAX]),
+            epoch=self.stores.epochs.now,
+        )
+        record.arena = self._gate.arena  # after the session: the server of the next arena gives another one
+        take = partial(self._take_lookup, record, record.attempt, lookup)
+        self._client.send(lookup, self._options.lookup_deadline_ms, take)
+
+    def _wait_for_lookup(self, record: Record) -> None:
+        """All of a step's lookups together keep it waiting for `lookup_wait_ms` at most."""
+        now_ms = self._clock()
+        if not self._step_waits_until_ms:
+            self._step_waits_until_ms = now_ms + self._options.lookup_wait_ms
+        self._client.poll(0)
+        while record.phase is Phase.LOOKING and self._gate.usable and now_ms < self._step_waits_until_ms:
+            self._client.poll(self._step_waits_until_ms - now_ms)
+            now_ms = self._clock()
+        if record.phase is Phase.LOOKING and not self._gate.usable:
+            record.phase = Phase.RUNNING  # nobody will answer
+            self.counts["drops/lookup_gate_shut"] += 1
+        elif record.phase is Phase.LOOKING and now_ms >= record.looking_until_ms:
+            record.phase = Phase.RUNNING  # the client counts it, unless an error kept it from being sent
+
+    def _take_lookup(self, record: Record, attempt: int, lookup: m.Lookup, reply: m.Reply | None) -> None:
+        is_news = record.attempt == attempt and record.phase is Phase.LOOKING
+        asked = len(lookup.hashes) // HASH_BYTES
+        if not isinstance(reply, m.Found) or not fits(reply, asked, self._layout.groups):
+            self.counts[f"drops/{note_failure(self._gate, lookup, reply)}"] += 1
+            if is_news:
+                record.phase = Phase.RUNNING
+            return
+        self._gate.succeeded()
+        if not is_news or self._records.get(record.id) is not record:
+            if reply.chunks:
+                self._releases.append(lookup.request)  # nobody waits for it any more
+            return
+        self.counts["lookups/hit" if reply.chunks else "lookups/miss"] += 1
+        record.stored_chunks, record.stores_end = reply.chunks, False
+        record.phase = Phase.FOUND if reply.chunks else Phase.RUNNING
+        if reply.chunks:
+            record.found = found_of(reply, record.arena, self._clock())
+            self._part_offsets = dict(enumerate(reply.part_offsets))
+
+    def _offer(
+        self, record: Record, found: Found, request: Request, local_tokens: int
+    ) -> tuple[int | None, bool]:
+        # One token at least is to be computed.
+        tokens = min(found.chunks * self._layout.chunk_tokens, request.num_tokens - 1)
+        # Less than a block is computed sooner than loaded; and after a local hit it is the last one's rest,
+        # for which identical prompts would load one after the other.
+        if tokens - local_tokens < self._block_tokens:
+            record.local_tokens, record.beside = local_tokens, False
+            return NO_HIT
+        first = record.hashes[local_tokens // self._layout.chunk_tokens]
+        if self._caches_locally and self._is_loading(first):
+            return ASK_AGAIN  # another request loads the same: when it has, this one hits locally
+        record.local_tokens = local_tokens
+        blocks = sum(-(-(tokens - local_tokens) // group.block_tokens) for group in self._layout.groups)
+        patience_ms = self._options.sync_load_ms * (PATIENCE_ALONE if len(self._requests) == 1 else 1)
+        record.beside = self._always_beside or self._pace.ms_of(blocks) > patience_ms
+        return tokens - local_tokens, record.beside
+
+    def _is_loading(self, hash_: bytes) -> bool:
+        since_ms = self._loading_beside.get(hash_)
+        return since_ms is not None and self._clock() - since_ms < self._options.request_deadline_ms
+
+    def _end_load(
+        self, record: Record, lease: str, load: Load, tables: list[Sequence[int]], ok: bool
+    ) -> None:
+        self._releases.append(lease)
+        for hash_ in record.hashes:
+            self._loading_beside.pop(hash_, None)
+        if record.phase is Phase.LOADING:
+            record.phase = Phase.RUNNING
+        if not ok:
+            record.refuses_hits = True
+            self.counts["drops/load_failed"] += 1
+            if load.at_once:
+                self._forget_blocks(set(load.blocks), tables)
+
+    def _forget_blocks(self, lost: set[int], tables: list[Sequence[int]]) -> None:
+        """vLLM gives blocks their hashes before they are loaded, and recomputes them for who still runs."""
+        for table in tables:
+            first = next((at for at, block in enumerate(table) if block in lost), len(table))
+            self._blocks.forget(table[first:])  # what follows was computed from it
 
     def _let_lease_go(self, record: Record) -> None:
         if record.found is not None:
@@ -176,41 +242,37 @@ class SchedulerSide:
     # A step's way
 
     def take_loads(self) -> Plan:
-        """The step's plan so far; nothing here can fail, for vLLM counts on these loads."""
-        plan = Plan(self._gate.arena, dict(self._part_offsets), self._loads)
-        self._loads = []
+        """The step's plan so far.  Loads that are not all of the arena that a worker knows fail there."""
+        arena = self._arenas.pop() if len(self._arenas) == 1 else b""
+        plan = Plan(arena=arena, loads=self._loads, part_offsets=dict(self._part_offsets))
+        self._loads, self._tables, self._step_waits_until_ms = [], [], 0
+        self._arenas.clear()
         return plan
 
     def add_stores(self, plan: Plan, scheduled: Iterable[Scheduled]) -> None:
         self._client.poll(0)
-        self.stores.stock.refill(self._clock())
-        plan.part_offsets |= self.stores.stock.part_offsets
-        for request_id, tokens, tables in scheduled:
-            record, request = self._records.get(request_id), self._requests.get(request_id)
+        self.stores.epochs.tell(self._clock())
+        stock = self.stores.stock
+        stock.refill(self._clock())
+        plan.part_offsets |= stock.part_offsets
+        if not plan.loads:
+            plan.arena = stock.arena
+        storable = scheduled if plan.arena == stock.arena else ()  # else with the next step
+        for request_id, tokens, tables in storable:
+            record, request = self.storing.get(request_id), self._requests.get(request_id)
             if record is not None and request is not None:
-                if not self._options.store_decode:
-                    tokens = min(tokens, request.num_prompt_tokens)  # noqa: PLW2901
-                store = self.stores.plan(record, request.block_hashes, tokens, tables)
+                wanted = tokens if self._options.store_decode else min(tokens, request.num_prompt_tokens)
+                store = self.stores.plan(record, request.block_hashes, wanted, tables)
                 if store is not None:
                     plan.stores.append(store)
+                if record.stores_end or wanted < tokens:  # nothing of it comes any more
+                    del self.storing[request_id]
         self._send_releases()
 
     def on_outcome(self, outcome: Outcome) -> None:
         """What the workers did in a step."""
-        for name, workers in outcome.loaded.items():
-            record = self._records.get(name)
-            if record is not None and record.phase is Phase.LOADING:
-                self._take_load(record, workers, failed=name in outcome.not_loaded)
-        self.stores.on_outcome(outcome)
-
-    def _take_load(self, record: Record, workers: int, *, failed: bool) -> None:
-        if failed and not record.refuses_hits:
-            record.refuses_hits = True
-            self.counts["loads_failed"] += 1
-        record.workers_left -= workers
-        if record.workers_left <= 0:
-            record.phase = Phase.RUNNING
-            self._let_lease_go(record)
+        self._pace.note(outcome.loaded_blocks, outcome.load_us)
+        self.jobs.take(outcome)
 
     def _send_releases(self) -> None:
         if self._releases and self._gate.usable:
@@ -218,12 +280,18 @@ class SchedulerSide:
             release = m.Release(id=self._client.next_id(), session=self._gate.session, requests=tuple(names))
             self._client.send(release, self._options.request_deadline_ms, lambda _reply: None)
 
-    def reset(self) -> None:
-        """The weights may have changed: what was stored is no longer found, by us."""
+    def reset(self) -> bool:
+        """The weights may have changed: what was stored is not found any more; -> is the server told?"""
         self._client.poll(0)
-        clear = m.Clear(id=self._client.next_id(), session=self._gate.session, epoch=self.stores.epoch)
-        self._client.send(clear, self._options.request_deadline_ms, lambda _reply: None)
-        self.stores.epoch += 1
+        told = self.stores.begin_anew()
+        for record in self._records.values():
+            self._let_lease_go(record)
+            record.attempt += 1
+            if record.phase in (Phase.LOOKING, Phase.FOUND):  # nothing of it is computed yet
+                record.phase, record.stored_chunks = Phase.RUNNING, 0
+            else:
+                record.stores_end = True
+        return told
 
     def close(self) -> None:
         if self._gate.usable:

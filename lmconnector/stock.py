@@ -5,28 +5,32 @@ lost, nobody here knows what became of some slots; then the server is told which
 the rest back.
 """
 
+import logging
+
 from cache_server.protocol import messages as m
 from cache_server.protocol.keys import SlotRef, pack_slot_names, split_slot_refs
 from cache_server.protocol.messages import Code
 from lmconnector.client import Client
-from lmconnector.gate import Gate
+from lmconnector.gate import RETRY_MS, Gate
 
-RETRY_MS = 1_000  # after a refusal: there is no space, or no server
+log = logging.getLogger(f"vllm.{__name__}")
 
 
 class Stock:
     def __init__(self, client: Client, gate: Gate, groups: int, target: int, deadline_ms: int) -> None:
         self.part_offsets: dict[int, tuple[int, ...]] = {}
+        self.arena = b""  # in which the slots are
         self._client = client
         self._gate = gate
         self._slots: list[list[SlotRef]] = [[] for _ in range(groups)]
         self._out: dict[SlotRef, None] = {}
         self._asked = [False] * groups
-        self._target = target
+        self._wanted = self._most = self._target = target  # the server has a bound for what one engine holds
         self._deadline_ms = deadline_ms
         self._not_before_ms = 0
+        self._told: set[str] = set()  # why it gave none
         self._unsure = False  # the server may think that we hold more than we do
-        self._arena = b""
+        client.on_stray = self._take_stray
 
     def take(self, group: int) -> SlotRef | None:
         if not self._slots[group]:
@@ -53,7 +57,7 @@ class Stock:
         """Asks for what is missing; the reply comes with some later step."""
         if not self._gate.usable:
             return
-        if self._arena != self._gate.arena:
+        if self.arena != self._gate.arena:
             self._forget(self._gate.arena)
         if now_ms < self._not_before_ms or any(self._asked):
             return
@@ -71,26 +75,27 @@ class Stock:
         self._tell_what_we_hold(0)
 
     def _forget(self, arena: bytes) -> None:
-        """Another arena: what we held is no more."""
-        self._arena = arena
+        """Another arena: what we held is no more, and it may have more room."""
+        self.arena = arena
+        self._most = self._target = self._wanted
         self._out.clear()
         for slots in self._slots:
             slots.clear()
 
     def _ask(self, group: int, now_ms: int) -> None:
-        arena = self._arena
+        arena = self.arena
 
         def take(reply: m.Reply | None) -> None:
             self._asked[group] = False
-            if isinstance(reply, m.Reserved) and arena == self._arena:
+            if isinstance(reply, m.Reserved) and arena == self.arena:
                 self._slots[group] += reversed(split_slot_refs(reply.slots))
                 self.part_offsets[group] = reply.part_offsets
+                self._target = min(2 * self._target, self._most)
                 return
-            self._unsure |= reply is None
-            code = reply.code if isinstance(reply, m.Refused) else ""
-            if code in (Code.TOO_LARGE, Code.BUSY) and self._target > 1:
-                self._target //= 2  # the server has a bound for what one engine holds
-            if code != Code.TOO_LARGE:
+            self._unsure |= reply is None or isinstance(reply, m.Reserved)
+            if isinstance(reply, m.Refused):
+                self._want_less(reply, now_ms)
+            else:
                 self._not_before_ms = now_ms + RETRY_MS
 
         self._asked[group] = True
@@ -98,14 +103,44 @@ class Stock:
         request = m.Reserve(id=self._client.next_id(), session=self._gate.session, group=group, count=count)
         self._client.send(request, self._deadline_ms, take)
 
+    def _want_less(self, refused: m.Refused, now_ms: int) -> None:
+        too_many = refused.code == Code.TOO_LARGE and self._target > 1
+        if not too_many:  # a lesser number may do at once
+            self._not_before_ms = now_ms + RETRY_MS
+            self._tell(refused)
+        if refused.code in (Code.TOO_LARGE, Code.BUSY):
+            self._target = max(1, self._target // 2)
+            self._trim()
+        if too_many:
+            self._most = self._target
+
+    def _tell(self, refused: m.Refused) -> None:
+        """Once for each reason; all but the one may pass."""
+        if refused.code not in self._told:
+            self._told.add(refused.code)
+            level = logging.WARNING if refused.code == Code.TOO_LARGE else logging.INFO
+            log.log(level, "store: the server gives no slots: %s: %s", refused.code, refused.detail)
+
+    def _take_stray(self, reply: m.Reply) -> None:
+        """Late, or a request that arrived twice: slots that nobody took."""
+        self._unsure |= isinstance(reply, m.Reserved)
+
+    def _trim(self) -> None:
+        """One group does not keep what another one has no room for."""
+        for slots in self._slots:
+            surplus = max(0, len(slots) - self._target)
+            del slots[:surplus]
+            self._unsure |= surplus > 0
+
     def _tell_what_we_hold(self, now_ms: int) -> None:
         held = [*self._out, *(slot for slots in self._slots for slot in slots)]
 
         def check(reply: m.Reply | None) -> None:
-            self._unsure = not isinstance(reply, m.Done)
-            if self._unsure:
+            if not isinstance(reply, m.Done):
+                self._unsure = True
                 self._not_before_ms = now_ms + RETRY_MS
 
+        self._unsure = False  # from here on: what is lost while this is on its way is to be told again
         request = m.Abort(
             id=self._client.next_id(),
             session=self._gate.session,

@@ -1,48 +1,40 @@
 """Which full chunks the workers store, and the word to the server when all of them have.
 
-vLLM's scheduler thread only.  A store outlives its request: it has a job of its own, and its blocks are held
-until every worker has reported it.
+vLLM's scheduler thread only.  A store outlives its request: it is a job, and its blocks are held until every
+worker has ended it.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from cache_server.protocol import messages as m
-from cache_server.protocol.keys import pack_slot_names
+from cache_server.protocol.keys import SlotRef, pack_slot_names
+from lmconnector import epochs
 from lmconnector.client import Client
 from lmconnector.config import Options
 from lmconnector.gate import Gate, note_failure
 from lmconnector.geometry import ChunkLayout
-from lmconnector.metadata import Outcome, Piece, Store
+from lmconnector.jobs import Jobs, Kind
+from lmconnector.metadata import NO_BLOCK, Piece, Store
 from lmconnector.requests import Record
 from lmconnector.stock import Stock
 
-NO_BLOCK = 0  # vLLM's null block: the group no longer needs, or never had, this one
+REMEMBERED_MAX = 65_536  # stored chunks; a forgotten one may be stored twice, and the server keeps one
 
 
 class Blocks(Protocol):
-    """vLLM's blocks, kept from reuse while a store reads them."""
+    """vLLM's blocks: kept from reuse while a store reads them, and forgotten where a load has failed."""
 
     def hold(self, blocks: Sequence[int]) -> None: ...
 
     def let_go(self, blocks: Sequence[int]) -> None: ...
 
-
-@dataclass(slots=True)
-class Job:
-    """A store in the workers' hands."""
-
-    store: Store
-    parent: bytes  # the hash before its first chunk
-    workers_left: int
-    epoch: int
-    failed: bool = False
-
-    @property
-    def blocks(self) -> list[int]:
-        return [block for piece in self.store.pieces for block in piece.blocks]
+    def forget(self, blocks: Sequence[int]) -> None:
+        """No other request finds them in vLLM's own prefix cache."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +47,49 @@ class Surroundings:
     gate: Gate
     blocks: Blocks
     workers: int
+    caches_locally: bool  # the engine has a prefix cache of its own
+    steps_overlap: bool  # the engine plans a step before it knows what became of the one before
+    clock: Callable[[], int]
+    draw_epoch: Callable[[], int] = epochs.draw
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Consecutive chunks of one request, stored by one job."""
+
+    number: int
+    record: Record
+    arena: bytes  # in which its slots are
+    parent: bytes  # the hash before its first chunk
+    epoch: int
+    pieces: list[Piece]
+
+    @property
+    def blocks(self) -> list[int]:
+        return [block for piece in self.pieces for block in piece.blocks]
 
 
 class Stores:
-    def __init__(self, around: Surroundings, counts: Counter[str]) -> None:
+    def __init__(self, around: Surroundings, jobs: Jobs, counts: Counter[str]) -> None:
         options, layout, client, gate = around.options, around.layout, around.client, around.gate
         self.stock = Stock(client, gate, len(layout.groups), options.stock_slots, options.request_deadline_ms)
-        self.epoch = 0
+        self.epochs = epochs.Epochs(client, gate, counts, options.request_deadline_ms, around.draw_epoch)
         self._options = options
         self._layout = layout
         self._client = client
         self._gate = gate
         self._blocks = around.blocks
-        self._workers = around.workers
+        self._clock = around.clock
+        self._jobs = jobs
         self._counts = counts
-        self._jobs: dict[int, Job] = {}
-        self._last_job = 0
+        self._count = 0  # of batches begun
+        self._open: dict[int, None] = {}  # those whose fate is not known yet, oldest first
+        self._ours: dict[bytes, int] = {}  # chunk -> the batch that stores or stored it, oldest first
 
     @property
-    def under_way(self) -> bool:
-        return bool(self._jobs)
+    def settled(self) -> int:
+        """All batches up to this one are known to the server: a lookup sent now sees them."""
+        return next(iter(self._open), self._count + 1) - 1
 
     def plan(
         self,
@@ -85,28 +100,56 @@ class Stores:
     ) -> Store | None:
         """The chunks that become full with the first `tokens` tokens; `tables`: the block ids per group."""
         chunks = min(tokens // self._layout.chunk_tokens, len(block_hashes) // self._layout.hashes_per_chunk)
-        begin = record.stored_chunks
-        if record.stores_end or chunks <= begin:
+        if record.stores_end or chunks <= record.stored_chunks:
             return None
         hashes = self._layout.chunk_hashes(block_hashes)
+        while record.stored_chunks < chunks and self._has_since(record, hashes[record.stored_chunks]):
+            record.stored_chunks += 1  # by another request, after this one has looked it up
+        begin = record.stored_chunks
+        pieces = self._take_slots(record, hashes[:chunks], tables)
+        if not pieces:
+            return None
+        self._count += 1
+        parent = hashes[begin - 1] if begin else b""
+        batch = Batch(self._count, record, self.stock.arena, parent, self.epochs.now, pieces)
+        self._open[batch.number] = None
+        self._remember(batch)
+        self._blocks.hold(batch.blocks)
+        return Store(self._jobs.begin(Kind.STORE, self._clock(), lambda ok: self._end(batch, ok=ok)), pieces)
+
+    def begin_anew(self) -> bool:
+        """What was stored so far is worth nothing any more; -> whether the server could be told."""
+        self._ours.clear()
+        return self.epochs.begin_anew(self._clock())
+
+    def _has_since(self, record: Record, hash_: bytes) -> bool:
+        return self._ours.get(hash_, 0) > record.looked_up_at
+
+    def _remember(self, batch: Batch) -> None:
+        groups = Counter(piece.hash for piece in batch.pieces)
+        for hash_, count in groups.items():
+            if count == len(self._layout.groups):  # else somebody may have what is missing of it
+                self._ours.pop(hash_, None)
+                self._ours[hash_] = batch.number
+        while len(self._ours) > REMEMBERED_MAX:
+            del self._ours[next(iter(self._ours))]
+
+    def _take_slots(
+        self, record: Record, hashes: list[bytes], tables: Callable[[], Sequence[Sequence[int]]]
+    ) -> list[Piece]:
+        """For the record's next chunks, as many as there are slots for."""
         pieces: list[Piece] = []
         block_ids = tables() if self._gate.usable else ()
-        for chunk in range(begin, chunks):
+        for chunk in range(record.stored_chunks, len(hashes)):
             found = self._pieces(chunk, hashes[chunk], block_ids) if block_ids else None
             if found is None:
                 record.stores_end = True
-                self._counts["stores_dropped"] += chunks - chunk
+                why = "no_slot" if self._gate.usable else "gate_shut"
+                self._counts[f"drops/store_{why}"] += len(hashes) - chunk
                 break
             pieces += found
             record.stored_chunks = chunk + 1
-        if not pieces:
-            return None
-        self._last_job += 1
-        store = Store(self._last_job, pieces)
-        parent = hashes[begin - 1] if begin else b""
-        job = self._jobs[store.number] = Job(store, parent, self._workers, self.epoch)
-        self._blocks.hold(job.blocks)
-        return store
+        return pieces
 
     def _pieces(self, chunk: int, hash_: bytes, tables: Sequence[Sequence[int]]) -> list[Piece] | None:
         """A slot for each group that has the chunk's blocks; None, and none is taken, without one."""
@@ -125,47 +168,63 @@ class Stores:
             pieces.append(Piece(group, slot, hash_, 0, blocks))
         return pieces
 
-    def on_outcome(self, outcome: Outcome) -> None:
-        if outcome.not_loaded:  # what is under way may have been computed from what was not there
-            for job in self._jobs.values():
-                job.failed = True
-        for number, workers in outcome.stored.items():
-            job = self._jobs[number]
-            job.failed |= number in outcome.not_stored
-            job.workers_left -= workers
-            if job.workers_left <= 0:
-                del self._jobs[number]
-                self._blocks.let_go(job.blocks)
-                self._end(job)
+    def _end(self, batch: Batch, *, ok: bool) -> None:
+        self._blocks.let_go(batch.blocks)
+        session = (
+            self._gate.session
+        )  # before the arena is looked at: the server of the next one gives another
+        if self._is_of_another_arena(batch):
+            self._drop(batch, "store_arena_gone", len(batch.pieces))
+        elif ok and batch.epoch == self.epochs.now:
+            self._commit(batch, session)
+        else:  # under an epoch that is over it would be there after the server has cleared it
+            self.stock.lost([piece.slot for piece in batch.pieces])
+            self._drop(batch, "store_outdated" if ok else "store_failed", len(batch.pieces))
 
-    def _end(self, job: Job) -> None:
-        if job.failed:
-            self._counts["stores_failed"] += 1
-            self.stock.lost([piece.slot for piece in job.store.pieces])
+    def _is_of_another_arena(self, batch: Batch) -> bool:
+        """Then its slots' names may be those of others in the arena that is served now."""
+        return batch.arena != self._gate.arena
+
+    def _commit(self, batch: Batch, session: int) -> None:
+        groups = sorted({piece.group for piece in batch.pieces})
+        for group in groups:
+            pieces = [piece for piece in batch.pieces if piece.group == group]
+            slots = [piece.slot for piece in pieces]
+            request = m.Commit(
+                id=self._client.next_id(),
+                session=session,
+                group=group,
+                parent=batch.parent,
+                hashes=b"".join(piece.hash for piece in pieces),
+                slots=pack_slot_names(slots),
+                epoch=batch.epoch,
+            )
+            take = partial(self._take_commit, batch, request, slots, group == groups[-1])
+            self._client.send(request, self._options.request_deadline_ms, take)
+
+    def _take_commit(
+        self, batch: Batch, request: m.Commit, slots: list[SlotRef], is_last: bool, reply: m.Reply | None
+    ) -> None:
+        if is_last:
+            self._open.pop(batch.number, None)
+        if self._is_of_another_arena(batch):
+            self._drop(batch, "store_arena_gone", len(slots))
             return
-        for group in range(len(self._layout.groups)):
-            pieces = [piece for piece in job.store.pieces if piece.group == group]
-            if pieces:
-                self._commit(job, group, pieces)
+        if not isinstance(reply, m.Committed):
+            self.stock.lost(slots)
+            self._drop(batch, note_failure(self._gate, request, reply), len(slots))
+            return
+        self.stock.settled(slots)
+        stored, known = (reply.outcomes.count(kind) for kind in (m.Outcome.STORED, m.Outcome.EXISTS))
+        self._counts["chunks_stored"] += stored
+        self._counts["chunks_stored_before"] += known
+        if stored + known < len(slots):
+            self._drop(batch, "commit_orphan", len(slots) - stored - known)
 
-    def _commit(self, job: Job, group: int, pieces: list[Piece]) -> None:
-        slots = [piece.slot for piece in pieces]
-
-        def take(reply: m.Reply | None) -> None:
-            if isinstance(reply, m.Committed):
-                self._counts["chunks_stored"] += reply.outcomes.count(m.Outcome.STORED)
-                self.stock.settled(slots)
-            else:
-                note_failure(self._gate, self._counts, request, reply)
-                self.stock.lost(slots)
-
-        request = m.Commit(
-            id=self._client.next_id(),
-            session=self._gate.session,
-            group=group,
-            parent=job.parent,
-            hashes=b"".join(piece.hash for piece in pieces),
-            slots=pack_slot_names(slots),
-            epoch=job.epoch,
-        )
-        self._client.send(request, self._options.request_deadline_ms, take)
+    def _drop(self, batch: Batch, why: str, chunks: int) -> None:
+        """It is a later miss; what follows it would have no parent."""
+        self._counts[f"drops/{why}"] += chunks
+        self._open.pop(batch.number, None)
+        batch.record.stores_end = True
+        for piece in batch.pieces:
+            self._ours.pop(piece.hash, None)

@@ -21,7 +21,7 @@ from cache_server.protocol.slots import (
 )
 from cache_server.service import Identity, Service
 from cache_server.storage import Storage
-from cache_server.workers import Registry
+from cache_server.workers import Registry, Seen
 
 KIB = 1 << 10
 SLAB_BYTES = 16 * KIB  # four of the smallest slots
@@ -54,6 +54,21 @@ def new_file(geometry: Geometry, *, populated: bool = True) -> memoryview:
     return file
 
 
+class Locks(set[str]):
+    """The presence files that are held; `known`: those, and the ones that the dead have left behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[str] = set()
+
+    def add(self, name: str) -> None:
+        self.known.add(name)
+        super().add(name)
+
+    def seen(self) -> Seen:
+        return Seen(frozenset(self), frozenset(self.known))
+
+
 class World:
     """A server and what it lives in: the arena file, the locks that are held, the time."""
 
@@ -70,7 +85,7 @@ class World:
         self.geometry = Geometry(capacity_bytes, slab_bytes)
         self.file = new_file(self.geometry, populated=populated)
         self.limits = limits or Limits()
-        self.locked: set[str] = set()
+        self.locked = Locks()
         self.now_ms = 1_000
         self._sessions = itertools.count(1)
         self.service = self.start()
@@ -104,7 +119,7 @@ class World:
         """-> the engines found gone"""
         self.now_ms += passed_ms
         self.service.tick(self.now_ms)
-        return self.service.observe(frozenset(self.locked), self.now_ms)
+        return self.service.observe(self.locked.seen(), self.now_ms)
 
 
 def make_service(capacity_bytes: int = 8 * SLAB_BYTES, limits: Limits | None = None) -> World:

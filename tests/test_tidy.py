@@ -104,7 +104,8 @@ def test_a_test_file_says_in_one_line_what_it_is_for(path: Path) -> None:
 
 
 def test_each_unit_test_file_belongs_to_a_source_file() -> None:
-    sources = {path.stem.strip("_") for path in SOURCES}
+    """A package's is named after both: test_transfer_cpu.py is of transfer/cpu.py."""
+    sources = {name for path in SOURCES for name in (path.stem.strip("_"), f"{path.parent.name}_{path.stem}")}
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "unit").glob("test_*.py")}
     assert tested - sources == set()
 

@@ -42,9 +42,11 @@ REQUESTS = _by_op(Request)
 REPLIES = _by_op(Reply)
 
 
+_encoder = msgspec.msgpack.Encoder()
+
+
 def encode(message: Request | Reply) -> bytes:
-    packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
-    return packed
+    return _encoder.encode(message)
 
 
 def decode_request(data: bytes) -> Request:
@@ -95,39 +97,43 @@ _CONTAINERS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 def check_shape(data: bytes, items_max: int = ITEMS_MAX) -> None:
     """Refuses what would be deep, long or truncated once decoded, from its headers alone."""
-    open_containers = [1]  # values still to come on each level
+    left = 1  # values still to come in the innermost container
+    outer: list[int] = []  # and in those around it
     announced = 1  # values in all
     at = 0
     end = len(data)
-    while open_containers:
-        if not open_containers[-1]:
-            open_containers.pop()
+    while left or outer:
+        if not left:
+            left = outer.pop()
             continue
-        open_containers[-1] -= 1
+        left -= 1
         if at >= end:
             raise ProtocolError(Code.MALFORMED, f"truncated: {end} bytes and more announced")
-        at, children = _skip(data, at)
-        if children:
-            open_containers.append(children)
-            if len(open_containers) > DEPTH_MAX + 1:
-                raise ProtocolError(Code.TOO_LARGE, f"nested deeper than {DEPTH_MAX}")
-            announced += children
-            if announced > items_max:
-                raise ProtocolError(Code.TOO_LARGE, f"more than {items_max} values")
+        first = data[at]
+        if first < 0x80 or first >= 0xE0:  # most values are small numbers and short names
+            at += 1
+        elif 0xA0 <= first < 0xC0:
+            at += 1 + (first & 0x1F)
+        else:
+            at, children = _skip(data, at)
+            if children:
+                outer.append(left)
+                left = children
+                if len(outer) > DEPTH_MAX:
+                    raise ProtocolError(Code.TOO_LARGE, f"nested deeper than {DEPTH_MAX}")
+                announced += children
+                if announced > items_max:
+                    raise ProtocolError(Code.TOO_LARGE, f"more than {items_max} values")
     if at != end:
         raise ProtocolError(Code.MALFORMED, f"the message ends at byte {at} of {end}")
 
 
 def _skip(data: bytes, at: int) -> tuple[int, int]:
-    """-> where the next value begins, and how many values the one at `at` contains"""
+    """-> where the next value begins, and how many the one at `at` contains; small ones are not for here"""
     first = data[at]
     at += 1
-    if first < 0x80 or first >= 0xE0:
-        return at, 0
     if first < 0xA0:
         return at, (first & 0x0F) * (2 if first < 0x90 else 1)
-    if first < 0xC0:
-        return at + (first & 0x1F), 0
     if (size := _BYTES.get(first)) is not None:
         return at + size + int.from_bytes(data[at : at + size]), 0
     if (size := _FIXED.get(first)) is not None:

@@ -14,6 +14,7 @@ HASH_BYTES = 32
 PREFIX_BYTES = 16
 OWNER_BYTES = 16
 NO_PARENT = b""
+_CANARY = b"canary\0\0"
 
 
 class SlotRef(NamedTuple):
@@ -39,6 +40,15 @@ def key_prefix(namespace: bytes, epoch: int, geometry: Sequence[Sequence[int]]) 
     return digest.digest()
 
 
+def canary_prefix(prefix: bytes) -> bytes:
+    """Told apart in the slot table too: what a canary leaves behind there is no chunk of anybody."""
+    return _CANARY + prefix[len(_CANARY) :]
+
+
+def is_canary(prefix: bytes) -> bool:
+    return prefix.startswith(_CANARY)
+
+
 def owner_of(engine: str) -> bytes:
     """Stands for the engine in slot entries and, in hex, in its processes' presence files' names."""
     return blake2b(engine.encode(), digest_size=OWNER_BYTES).digest()
@@ -60,7 +70,9 @@ class Hashes(Sequence[bytes]):
     def __getitem__(self, at: int | slice) -> bytes | Sequence[bytes]:  # type: ignore[explicit-any]
         if isinstance(at, slice):
             return [self[one] for one in range(len(self))[at]]
-        begin = range(len(self))[at] * HASH_BYTES
+        begin = at * HASH_BYTES
+        if not 0 <= begin < len(self._packed):
+            begin = range(len(self))[at] * HASH_BYTES
         return self._packed[begin : begin + HASH_BYTES]
 
 

@@ -12,7 +12,8 @@ from cache_server.protocol.keys import HASH_BYTES, SLOT_NAME_BYTES, SLOT_REF
 
 VERSION_MIN = 1
 VERSION_MAX = 1
-FEATURES: tuple[str, ...] = ()  # optional behaviour a peer may ask for; none yet
+CANARY = "canary"  # its work is no traffic: not counted, evicts nothing, leaves nothing behind
+FEATURES: tuple[str, ...] = (CANARY,)  # optional behaviour a peer may ask for
 
 # Limits of one message.  The reply to the largest LOOKUP of all groups stays below `MESSAGE_BYTES_MAX`.
 MESSAGE_BYTES_MAX = 2 << 20
@@ -100,6 +101,7 @@ class Register(Request, tag="register", kw_only=True, frozen=True):
     version_max: Annotated[int, Meta(ge=0, le=2**31)]
     features: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     engine: Name
+    instance: Text = ""  # which start of the engine
     role: Literal["worker", "scheduler"]
     rank: Annotated[int, Meta(ge=0, lt=RANKS_MAX)] = 0
     world: Annotated[int, Meta(ge=1, le=RANKS_MAX)] = 1
@@ -257,9 +259,7 @@ class Reserved(Reply, tag="reserved", kw_only=True, frozen=True):
 
 
 class Committed(Reply, tag="committed", kw_only=True, frozen=True):
-    """One byte for each slot, an `Outcome`."""
-
-    outcomes: Annotated[bytes, Meta(max_length=CHUNKS_MAX)]
+    outcomes: Annotated[bytes, Meta(max_length=CHUNKS_MAX)]  # for each slot an `Outcome`
 
 
 class Outcome:

@@ -3,7 +3,7 @@
     0          header: magic, version, id, sizes            written once
     4096       boots: how many servers have owned the file, and the last of them
     8192       slab records, 8 bytes each: RAW, POPULATED or the slot size the slab is cut into
-    ...        slot entries, 128 bytes each, `entries_per_slab` for each slab (sparse)
+    ...        slot entries, 128 bytes each, `entries_per_slab` for each slab
     data       slabs
 
 The server alone writes all of this but the data; clients map the file and read entries.  A slot's generation
@@ -96,12 +96,17 @@ class Geometry:
         return self.slab_bytes // SLOT_ALIGN
 
     @cached_property
+    def entries_bytes(self) -> int:
+        """Of one slab's entries, however many of them it needs."""
+        return ENTRY_BYTES * self.entries_per_slab
+
+    @cached_property
     def table_at(self) -> int:
         return SLABS_AT + align(8 * self.slabs, 4096)
 
     @cached_property
     def data_at(self) -> int:
-        return align(self.table_at + ENTRY_BYTES * self.slabs * self.entries_per_slab, DATA_ALIGN)
+        return align(self.table_at + self.slabs * self.entries_bytes, DATA_ALIGN)
 
     @property
     def file_bytes(self) -> int:
@@ -127,14 +132,14 @@ def write_header(buffer: Buffer, geometry: Geometry, arena_id: bytes) -> None:
     _HEADER.pack_into(buffer, 0, *fields, zlib.crc32(body))
 
 
-def read_header(buffer: Buffer | bytes) -> tuple[Geometry, bytes]:
+def read_header(buffer: Buffer | bytes, *, any_version: bool = False) -> tuple[Geometry, bytes]:
     """-> the geometry and the arena's id"""
     if len(buffer) < _HEADER.size:
         raise FormatError(f"the file has {len(buffer)} bytes, too few for a header")
     magic, version, arena_id, capacity, slab_bytes, crc = _HEADER.unpack_from(buffer)
     if magic != MAGIC:
         raise FormatError(f"the file begins with {magic!r}, expected {MAGIC!r}")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION and not any_version:
         raise FormatError(f"format version {version}, this code writes and reads {FORMAT_VERSION}")
     if crc != zlib.crc32(bytes(buffer[: _HEADER.size - 4])):
         raise FormatError("the header's check word is wrong")
@@ -166,6 +171,18 @@ def write_slab(buffer: Buffer, geometry: Geometry, slab: int, record: int) -> No
 def read_slab(buffer: Buffer, geometry: Geometry, slab: int) -> int:
     (record,) = _BOOTS.unpack_from(buffer, geometry.slab_record_at(slab))
     return int(record)
+
+
+def clear_tables(buffer: Buffer, geometry: Geometry) -> None:
+    """From now on the file is no arena, and no slot of it holds anything.  Only what has memory is
+    written to: a write to a page that can't be had kills the process."""
+    populated = [slab for slab in range(geometry.slabs) if read_slab(buffer, geometry, slab) != SLAB_RAW]
+    buffer[:BOOTS_AT] = bytes(BOOTS_AT)  # first: nobody is to take over a half-cleared one
+    buffer[BOOTS_AT : geometry.table_at] = bytes(geometry.table_at - BOOTS_AT)
+    blank = bytes(geometry.entries_bytes)
+    for slab in populated:
+        at = geometry.entry_at(slab * geometry.entries_per_slab)
+        buffer[at : at + len(blank)] = blank
 
 
 def write_entry(buffer: Buffer, geometry: Geometry, number: int, entry: Entry) -> None:

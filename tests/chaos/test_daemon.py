@@ -1,7 +1,9 @@
 """The daemon as an operator meets it: real processes, real signals, real files."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,15 +11,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cache_server.client import Client, RefusedError
+from cache_server.daemon import ServiceManager
+from cache_server.faults import SWITCH
 from cache_server.protocol import messages as m
-from cache_server.runtime import running_pid
+from cache_server.runtime import running_server
 from cache_server.session import Session
 from processes import ServerProcess, eventually, server, short_dir
+from tools import lacking
 
 pytestmark = pytest.mark.chaos
 
@@ -45,8 +51,9 @@ def test_a_whole_life_in_the_background(tmp_path: Path) -> None:
         log = tmp_path / "server.log"
         started = cache_server("run", "--daemon", "--log-file", str(log), *common)
         assert started.returncode == 0, started.stderr
-        pid = running_pid(directory)
-        assert pid is not None
+        serving = running_server(directory)
+        assert serving is not None
+        pid = serving.pid
         assert f"pid {pid}" in started.stdout
         assert cache_server("ping", *common).stdout.startswith("ready: boot ")
         second = cache_server("run", *common)
@@ -143,6 +150,69 @@ def test_a_removed_arena_is_noticed_and_replaced() -> None:
         session.close()
 
 
+def test_a_daemon_whose_dir_is_removed_with_its_log_in_it_begins_both_anew() -> None:
+    with short_dir() as parent:
+        directory, log = parent / "run", parent / "run" / "server.log"
+        common = ("--dir", str(directory), "--capacity", "16MiB", "--http", "off")
+        pid = int(cache_server("run", "--daemon", *common).stdout.rpartition(" ")[2])
+        try:
+            shutil.rmtree(directory)
+            eventually(log.exists, "begun anew", 20.0)
+            eventually(lambda: "-> ready" in log.read_text(), "serves anew")
+            assert "begins anew: arena or socket was removed under it" in log.read_text()
+            assert cache_server("ping", *common).stdout.startswith("ready: boot ")
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def beginning(directory: Path) -> Iterator[ServerProcess]:
+    """A server that is held up for a minute before it takes the arena over."""
+    process = ServerProcess(directory, environment={SWITCH: "1"})
+    delayed = directory / "fault.start"
+    delayed.write_text("60")
+    process.launch()
+    try:
+        eventually(lambda: not delayed.exists(), "begun")
+        yield process
+    finally:
+        process.kill()
+        process.log.unlink()
+
+
+def test_a_server_that_does_not_serve_yet_is_stopped_at_once() -> None:
+    for told in (signal.SIGTERM, signal.SIGINT):
+        with short_dir() as directory, beginning(directory) as process:
+            os.kill(process.pid, told)
+            assert process.process.wait(5) == 0
+            assert not (directory / "server.pid").exists()
+            assert "told to stop before it served" in process.log.read_text()
+
+
+def test_a_server_that_begins_anew_holds_no_arena_and_is_stopped_at_once() -> None:
+    with short_dir() as directory, ServerProcess(directory, environment={SWITCH: "1"}) as process:
+        delayed = directory / "fault.start"
+        delayed.write_text("60")
+        (directory / "server.sock").unlink()
+        eventually(lambda: not delayed.exists(), "begun anew")
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        assert f"{directory}/arena" not in maps, "the old one's memory would be held beside the new one's"
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.process.wait(5) == 0
+
+
+def test_a_server_that_begins_anew_is_still_paused() -> None:
+    with server() as process:
+        os.kill(process.pid, signal.SIGUSR1)
+        eventually(lambda: process.status().state == "paused", "paused")
+        (process.runtime_dir / "arena").unlink()
+        eventually(lambda: "begins anew" in process.log.read_text(), "noticed")
+        eventually(process.answers, "begun anew", 20.0)
+        eventually(lambda: process.status().state == "paused", "still paused")
+        os.kill(process.pid, signal.SIGUSR2)
+        eventually(lambda: process.status().state == "ready", "resumed")
+
+
 def test_a_new_capacity_starts_empty_and_says_so() -> None:
     with server() as process:
         stored(process.runtime_dir).close()
@@ -212,21 +282,120 @@ def test_http_serves_metrics_and_status() -> None:
         session.close()
 
 
+class Manager:
+    """As systemd listens."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(directory / "notify"))
+        self.environment = {
+            "NOTIFY_SOCKET": str(directory / "notify"),
+            "WATCHDOG_USEC": "1000000",
+            SWITCH: "1",
+        }
+
+    def __enter__(self) -> "Manager":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.socket.close()
+
+    def hears(self, within_s: float = 20.0) -> bytes:
+        self.socket.settimeout(within_s)
+        return self.socket.recv(4096)
+
+    def hears_ready(self) -> bytes:
+        assert self.hears() == b"EXTEND_TIMEOUT_USEC=63000000", "of its own capacity, and before all else"
+        return self.hears()
+
+    def longest_silence_s(self, for_s: float) -> float:
+        """Between two words of life, and after the last one."""
+        now_s = heard_s = time.monotonic()
+        end_s, longest_s = now_s + for_s, 0.0
+        while now_s < end_s:
+            with contextlib.suppress(TimeoutError):
+                assert self.hears(end_s - now_s) == b"WATCHDOG=1"
+            now_s = time.monotonic()
+            longest_s, heard_s = max(longest_s, now_s - heard_s), now_s
+        return longest_s
+
+
+def fault(runtime_dir: Path, order: str) -> None:
+    (runtime_dir / "order").write_text(order)
+    (runtime_dir / "order").rename(runtime_dir / "fault.loop")
+    eventually(lambda: not (runtime_dir / "fault.loop").exists(), "heeded")
+
+
 def test_the_service_manager_is_told(tmp_path: Path) -> None:
-    with short_dir() as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        address = str(tmp_path / "notify")
-        manager.bind(address)
-        manager.settimeout(10)
-        environment = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "1000000"}
-        process = ServerProcess(directory, environment=environment)
-        with process:
-            assert manager.recv(4096).startswith(f"READY=1\nMAINPID={process.pid}".encode())
-            assert manager.recv(4096) == b"WATCHDOG=1"
-            os.kill(process.pid, signal.SIGTERM)
-            while (said := manager.recv(4096)) == b"WATCHDOG=1":
-                pass
-            assert said == b"STOPPING=1"
-            assert process.process.wait(5) == 0
+    with (
+        short_dir() as directory,
+        Manager(tmp_path) as manager,
+        ServerProcess(directory, "--stall-after", "7s", environment=manager.environment) as process,
+    ):
+        said = manager.hears_ready().decode().splitlines()
+        assert said[:2] == ["READY=1", f"MAINPID={process.pid}"]
+        assert said[3:] == ["WATCHDOG_USEC=7200000"], "of its own options, whatever the unit file has"
+        assert manager.hears() == b"WATCHDOG=1"
+        os.kill(process.pid, signal.SIGTERM)
+        while (last := manager.hears()) == b"WATCHDOG=1":
+            pass
+        assert last == b"STOPPING=1"
+        assert process.process.wait(5) == 0
+
+
+def test_the_watchdog_is_fed_through_work_that_is_legal_and_longer_than_its_time(tmp_path: Path) -> None:
+    with (
+        short_dir() as directory,
+        Manager(tmp_path) as manager,
+        ServerProcess(directory, environment=manager.environment) as process,
+    ):
+        assert b"WATCHDOG_USEC=10200000" in manager.hears_ready()
+        fault(process.runtime_dir, "busy 15")
+        assert manager.longest_silence_s(15) < 5, "systemd would end it after 10.2 s"
+        assert process.answers(20_000)
+
+
+def test_the_watchdog_is_left_alone_by_a_loop_that_stands_still(tmp_path: Path) -> None:
+    quick = ("--late-after", "500ms", "--stall-after", "2s")
+    with (
+        short_dir() as directory,
+        Manager(tmp_path) as manager,
+        ServerProcess(directory, *quick, environment=manager.environment) as process,
+    ):
+        assert b"WATCHDOG_USEC=2200000" in manager.hears_ready()
+        fault(process.runtime_dir, "8")
+        assert manager.longest_silence_s(8) > 2.2, "systemd ends it"
+
+
+def test_the_watchdog_is_fed_while_the_server_begins_anew(tmp_path: Path) -> None:
+    with (
+        short_dir() as directory,
+        Manager(tmp_path) as manager,
+        ServerProcess(directory, environment=manager.environment) as process,
+    ):
+        assert manager.hears_ready().startswith(b"READY=1")
+        (directory / "fault.start").write_text("6")
+        (directory / "server.sock").unlink()  # so it begins anew, and that takes long
+        eventually(lambda: not (directory / "fault.start").exists(), "begun anew")
+        assert manager.longest_silence_s(5) < 3
+        while (said := manager.hears()) == b"WATCHDOG=1":
+            pass
+        assert said.startswith(b"READY=1"), "not that it stops: systemd would wait for its end"
+        assert process.answers(20_000)
+
+
+def test_a_service_manager_that_does_not_listen_delays_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Manager(tmp_path) as manager:
+        for name, value in manager.environment.items():
+            monkeypatch.setenv(name, value)
+        notify = ServiceManager(1_000)
+        notify.ready("serving")
+        began_s = time.monotonic()
+        for _ in range(1_000):
+            notify.alive()
+        assert time.monotonic() - began_s < 5
 
 
 def test_files_are_for_their_user_alone() -> None:
@@ -235,6 +404,7 @@ def test_files_are_for_their_user_alone() -> None:
         assert process.runtime_dir.stat().st_mode & 0o777 == 0o700
         assert modes == {
             "arena": 0o600,
+            "beat": 0o600,
             "locks": 0o700,
             "server.pid": 0o600,
             "server.sock": 0o600,
@@ -248,8 +418,9 @@ def test_a_group_may_be_let_in() -> None:
         assert process.runtime_dir.stat().st_mode & 0o7777 == 0o2770
         assert modes == {
             "arena": 0o660,
+            "beat": 0o660,
             "locks": 0o2770,
-            "server.pid": 0o600,
+            "server.pid": 0o660,
             "server.sock": 0o660,
             "token": 0o600,
         }
@@ -271,7 +442,7 @@ def huge_pages(tmp_path: Path):
         ["mount", "-t", "hugetlbfs", "none", str(tmp_path)], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip(f"can't mount hugetlbfs here: {mounted.stderr.decode().strip()}")
+        lacking(f"can't mount hugetlbfs here: {mounted.stderr.decode().strip()}")
     before = pool.read_text()
     pool.write_text("48")
     yield tmp_path

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,8 @@ QUICK = Timing(interval_ms=1_000, timeout_ms=1_000, fail_after=2)
 HASTY = Timing(interval_ms=50, timeout_ms=50, hold_ms_max=200)
 JOIN_MS = 10_000
 PINGS = 10  # heard by a liar before it is judged
+GONE_S = 0.3  # from a server's kill -9 to the shut gate; it takes a few ms
+BACK_S = 6.0  # from an honest server's start, after whatever was there before it, to the open gate
 
 
 class Registrar(Session):
@@ -55,7 +58,7 @@ class Engine(logging.Handler):
         self.heart = Heartbeat(lambda: ZmqLink(runtime_dir), self._register, timing)
         self._runtime_dir = runtime_dir
         self._registrar: Registrar | None = None
-        heartbeat.log.setLevel(logging.INFO)
+        heartbeat.log.setLevel(logging.DEBUG)  # also what was told before
         heartbeat.log.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -118,17 +121,30 @@ def engine_of(runtime_dir: Path, timing: Timing) -> Iterator[Engine]:
 
 def test_a_killed_server_is_missed_at_once_and_its_successor_found_at_once() -> None:
     with server() as process, engine_of(process.runtime_dir, CALM) as engine:
-        engine.becomes(State.HEALTHY)
-        process.kill()
-        engine.becomes(State.DEGRADED)
-        engine.tells('healthy -> degraded why="connection closed"')
-        process.start()
-        engine.becomes(State.HEALTHY)
-        engine.tells(" unusable_ms=", 2)
+        took_s = []
+        for outage in range(1, 4):
+            engine.becomes(State.HEALTHY)
+            took_s.append(until_shut_s(process, engine))
+            engine.becomes(State.DEGRADED)
+            engine.tells('healthy -> degraded why="connection closed"', outage)
+            process.start()
+            engine.becomes(State.HEALTHY)
+            engine.tells(" unusable_ms=", 1 + outage)
         assert not any("unanswered" in line for line in engine.lines), "no ping had to be missed"
+        assert min(took_s) < GONE_S, took_s
+        assert max(took_s) < 5 * GONE_S, f"on however busy a machine: {took_s}"
 
 
-def test_a_restart_between_two_pings_leads_to_a_new_registration() -> None:
+def until_shut_s(process: ServerProcess, engine: Engine) -> float:
+    began_s = time.monotonic()
+    process.kill()
+    while engine.heart.usable:
+        assert time.monotonic() - began_s < JOIN_MS / 1_000
+        time.sleep(0.001)
+    return time.monotonic() - began_s
+
+
+def test_trap_09_a_restart_between_two_pings_leads_to_a_new_registration() -> None:
     with server() as process, engine_of(process.runtime_dir, CALM) as engine:
         engine.becomes(State.HEALTHY)
         for _ in range(3):
@@ -202,7 +218,7 @@ def test_a_server_that_never_comes_back_costs_a_line_and_no_more() -> None:
         assert len(engine.lines) == lines
 
 
-def test_sessions_reaped_by_unregistering_them_are_registered_again() -> None:
+def test_trap_16_sessions_reaped_by_unregistering_them_are_registered_again() -> None:
     with server() as process, engine_of(process.runtime_dir, QUICK) as engine:
         engine.becomes(State.HEALTHY)
         before = engine.heart.membership
@@ -293,3 +309,54 @@ def test_a_socket_of_somebody_else_is_never_used_and_a_server_after_it_is() -> N
             listener.close()
             with ServerProcess(runtime_dir):
                 engine.becomes(State.HEALTHY)
+
+
+def back_s(runtime_dir: Path, engine: Engine) -> float:
+    """How long an honest server, once it answers, is not used."""
+    with ServerProcess(runtime_dir):
+        began_s = time.monotonic()
+        engine.becomes(State.HEALTHY)
+        return time.monotonic() - began_s
+
+
+@pytest.mark.parametrize("backlog", [0, 128])
+def test_trap_30_a_peer_that_never_accepts_delays_its_successor_by_less_than_6_s(backlog: int) -> None:
+    """Connections wait in its queue, or are refused as that is full; with the usual times."""
+    with short_dir() as runtime_dir, socket.socket(socket.AF_UNIX) as listener:
+        (runtime_dir / LOCKS).mkdir()
+        listener.bind(str(runtime_dir / SOCKET))
+        listener.listen(backlog)
+        with engine_of(runtime_dir, Timing()) as engine:
+            engine.becomes(State.DEGRADED)
+            eventually(lambda: engine.heart.health._seq > 3, "pings")
+            listener.close()
+            assert back_s(runtime_dir, engine) < BACK_S
+
+
+def test_trap_30_a_peer_that_accepts_and_stays_silent_delays_its_successor_by_less_than_6_s() -> None:
+    with short_dir() as runtime_dir, contextlib.ExitStack() as stack:
+        (runtime_dir / LOCKS).mkdir()
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(runtime_dir / SOCKET))
+        listener.listen()
+        listener.settimeout(10.0)
+        engine = stack.enter_context(engine_of(runtime_dir, Timing()))
+        held = [listener.accept()[0]]
+        engine.becomes(State.DEGRADED)
+        eventually(lambda: engine.heart.health._seq > 3, "pings")
+        stack.callback(lambda: [each.close() for each in held])
+        (runtime_dir / SOCKET).unlink()  # it lives on, and keeps the connection
+        assert back_s(runtime_dir, engine) < BACK_S
+
+
+def test_trap_30_a_peer_that_falls_silent_delays_its_successor_by_less_than_6_s() -> None:
+    """It speaks ZeroMQ, and has the engine's messages."""
+    with short_dir() as runtime_dir, contextlib.ExitStack() as stack:
+        liar = Liar(runtime_dir, LIES["nothing"])
+        liar.start()
+        stack.callback(liar.end)
+        engine = stack.enter_context(engine_of(runtime_dir, Timing()))
+        engine.becomes(State.DEGRADED)
+        eventually(lambda: liar.pings > 3, "pings")
+        (runtime_dir / SOCKET).unlink()
+        assert back_s(runtime_dir, engine) < BACK_S

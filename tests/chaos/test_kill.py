@@ -1,6 +1,7 @@
 """Servers and engines killed at random moments: nothing committed is lost, nothing half-written is read."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,3 +196,24 @@ def entry_of(arena: Path, number: int):
         geometry, _ = read_header(header)
         file.seek(0)
         return read_entry(memoryview(file.read(geometry.data_at)), geometry, number)
+
+
+def test_slots_of_a_living_engine_stay_its_own_whatever_becomes_of_the_presence_files() -> None:
+    """It may be about to write into them: it sleeps, or is slow."""
+    with server("--canary-idle", "off") as process:
+        session = writing.open_session(process.runtime_dir, "engine")
+        session.reserve(4)
+        held = reserved(process)
+        assert held
+        shutil.rmtree(process.runtime_dir / "locks")
+        time.sleep(2.0)
+        assert reserved(process) == held
+        assert [row.state for row in process.status().worker_rows] == ["ready"]
+        process.restart()
+        time.sleep(2.0)
+        assert reserved(process) == held, "a server that has never seen the file has no proof either"
+        session.abandon()
+        session = writing.open_session(process.runtime_dir, "engine")
+        assert session.abort_all() == 4
+        assert reserved(process) == 0
+        session.close()

@@ -36,6 +36,7 @@ REQUESTS: tuple[m.Request, ...] = (
         version_max=3,
         features=("disk", "größe"),
         engine="engine-0",
+        instance="1760000000000000000",
         role="worker",
         rank=1,
         world=2,

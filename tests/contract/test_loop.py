@@ -1,36 +1,45 @@
 """What the server's loop makes of frames: exactly one reply for each message, whatever happens inside."""
 
-import shutil
-import tempfile
+import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from cache_server import config as configuration
 from cache_server import runtime
+from cache_server.clock import monotonic_ms
+from cache_server.orders import Orders, StoppedEarlyError
 from cache_server.protocol import messages as m
 from cache_server.protocol.codec import encode
 from cache_server.protocol.keys import owner_of
 from cache_server.protocol.messages import Code
-from cache_server.server import Server
+from cache_server.protocol.presence import ARENA, SOCKET
+from cache_server.server import FILES_MS, Ending, Server
+from cache_server.vitals import Vitals
 from contract.frames import hostile_frames
 from contract.samples import REQUESTS
+from processes import short_dir
 
 PING = encode(m.Ping(id=5))
 
 
+@contextlib.contextmanager
+def begun(orders: Orders) -> Iterator[Server]:
+    """One that does not run: its loop's steps are called."""
+    with short_dir() as directory:
+        flags = {"dir": str(directory), "capacity": "16MiB", "http": "off"}
+        config = configuration.parse(configuration.gather(flags, {}, None))
+        access = runtime.Access(None)
+        runtime.prepare(directory, access)
+        with contextlib.ExitStack() as open_things:
+            vitals = open_things.enter_context(contextlib.closing(Vitals(config)))
+            yield open_things.enter_context(contextlib.closing(Server(config, access, vitals, orders)))
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """One that does not run: its loop's steps are called."""
-    directory = tempfile.mkdtemp(prefix="cs-")
-    flags = {"dir": directory, "capacity": "16MiB", "http": "off"}
-    access = runtime.Access(None)
-    runtime.prepare(Path(directory), access)
-    server = Server(configuration.parse(configuration.gather(flags, {}, None)), access)
-    yield server
-    server.close()
-    shutil.rmtree(directory)
+    with begun(Orders()) as server:
+        yield server
 
 
 def refusal(reply: m.Reply) -> str:
@@ -88,3 +97,30 @@ def test_an_internal_error_is_a_refusal_and_the_loop_goes_on(
 def test_an_admin_token_is_wanted_for_everything(server: Server):
     assert refusal(server._reply_to([encode(m.Clear(id=1, token="guess"))])) == Code.DENIED
     assert isinstance(server._reply_to([encode(m.Clear(id=1, token=server.service.identity.token))]), m.Done)
+
+
+def test_who_is_told_to_stop_before_it_serves_takes_over_nothing():
+    orders = Orders()
+    orders.stop()
+    with pytest.raises(StoppedEarlyError), begun(orders):
+        pytest.fail("it serves")
+
+
+@pytest.mark.parametrize("removed", [SOCKET, ARENA])
+def test_a_server_whose_files_are_removed_begins_anew_but_not_when_it_was_told_to_stop(removed: str):
+    for stops, ending in ((0, Ending.RESTART), (1, Ending.STOPPED)):
+        with begun(Orders()) as server:
+            assert server._tick(monotonic_ms()) is None
+            (server.config.runtime_dir / removed).unlink()
+            server.orders.stops = stops
+            assert server._tick(monotonic_ms() + FILES_MS) is ending
+
+
+def test_a_pause_outlives_the_server_that_was_told():
+    orders = Orders()
+    with begun(orders) as server:
+        orders.pause_until_ms = monotonic_ms() + 60_000
+        assert server.paused
+    with begun(orders) as server:
+        assert server.paused
+        assert server.published.paused

@@ -272,6 +272,7 @@ def after_leaving(pair: Pair, peer: WiredPeer) -> int:
 
 def after_another_took_its_place(pair: Pair, peer: WiredPeer) -> int:
     before = peer.session
+    peer.die()
     assert WiredPeer(pair, peer.name).register().session != before
     return before
 

@@ -359,9 +359,11 @@ def test_unregistering_one_rank_leaves_the_others_slots(pair: Pair):
 
 
 def test_what_a_live_process_may_still_write_is_given_to_nobody(pair: Pair, peer: WiredPeer):
-    """Two processes say they are the same rank; the one that was replaced lives on and has slots."""
+    """Another one that says it is the same rank gets neither its place nor its slots."""
     slots = peer.reserve(1)
-    WiredPeer(pair, peer.name).register().unregister()
+    reply = pair.ask(WiredPeer(pair, peer.name).registration)
+    assert isinstance(reply, m.Refused)
+    assert reply.code == m.Code.BUSY
     other = WiredPeer(pair, "other").register()
     assert other.reserve(1)[0].number != slots[0].number
 

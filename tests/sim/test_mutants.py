@@ -1,276 +1,103 @@
-"""Planted bugs: the simulated world finds every one of them, or its checkers have a hole."""
+"""Planted bugs: the simulated worlds catch every one of them, or their checkers have a hole.
 
-import dataclasses
-import traceback
+Here each bug lives through the one schedule that is on record as catching it; `make mutants` searches anew.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, find, settings
+from hypothesis import HealthCheck, Phase, find, settings
 from hypothesis import strategies as st
 
-from lmconnector.health import Health, Pong, State
-from lmconnector.heartbeat import Heartbeat
-from sim.faults import Faults
+from sim.faults import Faults as HeartFaults
+from sim.mutants.heartbeat import BelievesEveryPing
+from sim.mutants.planting import AREAS, Mutant, mutants, silence
+from sim.mutants.record import SEEDS_MAX, load, table
+from sim.mutants.unit import SEEN_BY
+from sim.whole.swarm import EVENTS, Faults, Setup
+from sim.whole.system import System
 from sim.world import World
 
-SEEDS_MAX = 500
-TURNS = 60
-LONG_TURNS = 600
+MUTANTS = mutants()
+RECORD = load()
+MUTANTS_MIN = 40
+DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
 SHORT_TURNS = 10
-FAST_RESTARTS = Faults(crash=0.1, down_ms_max=1, silent_crash=True, operation=0.0)
-NEVER_MS = 10**9
+FAST_RESTARTS = HeartFaults(crash=0.1, down_ms_max=1, silent_crash=True, operation=0.0)
+MISTAKES = ("AttributeError", "NameError", "TypeError", "IndexError", "ImportError")
 
+REQUESTS_LEFT_MAX = 8
+PATIENT = settings(
+    max_examples=200,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink),
+)
 
-class BelievesEveryPing(Health):
-    """A ping that is answered is all there is to know: a restart between two pings stays unseen."""
+every_mutant = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+every_rare_mutant = pytest.mark.parametrize(("name", "test"), SEEN_BY.items())
+SIMULATED = [mutant for mutant in MUTANTS if mutant.name not in SEEN_BY]
 
-    def on_pong(self, pong: Pong, now_ms: int) -> None:
-        super().on_pong(dataclasses.replace(pong, known=True, boot=self._boot), now_ms)
 
+@cache
+def is_content(live: Callable[[int], None], seed: int) -> bool:
+    """The world in which nothing is planted."""
+    with silence():
+        live(seed)
+    return True
 
-class IgnoresTheBoot(Health):
-    def _judge(self, pong: Pong, prompt: bool, now_ms: int) -> None:
-        super()._judge(dataclasses.replace(pong, boot=self._boot), prompt, now_ms)
 
+@pytest.mark.parametrize("mutant", SIMULATED, ids=lambda mutant: mutant.name)
+def test_a_mutant_is_caught(mutant: Mutant) -> None:
+    seed = RECORD[mutant.name]["seed"]
+    assert is_content(mutant.live, seed)
+    if not mutant.complaint(seed):
+        caught = next((other for other in range(SEEDS_MAX) if mutant.complaint(other)), None)
+        pytest.fail(f"not caught by seed {seed}, but by {caught} of {SEEDS_MAX}: run `make mutants`")
 
-class IgnoresKnown(Health):
-    def on_pong(self, pong: Pong, now_ms: int) -> None:
-        super().on_pong(dataclasses.replace(pong, known=True), now_ms)
 
+@every_mutant
+def test_a_mutant_spoils_something_that_is_there(mutant: Mutant) -> None:
+    assert mutant.strangers == []
 
-class IgnoresDraining(Health):
-    def on_pong(self, pong: Pong, now_ms: int) -> None:
-        super().on_pong(dataclasses.replace(pong, ready=True), now_ms)
 
+@every_rare_mutant
+def test_a_mutant_that_no_world_shows_is_seen_by_a_unit_test(name: str, test: str) -> None:
+    command = [sys.executable, "-m", "sim.mutants.unit", name, f"tests/unit/{test}"]
+    root = DOCS.parents[1]
+    around = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests")))}
+    ran = subprocess.run(command, cwd=root, env=around, capture_output=True, check=False, text=True)
+    assert ran.returncode == pytest.ExitCode.TESTS_FAILED, ran.stdout
+    assert "AssertionError" in ran.stdout or "assert " in ran.stdout, ran.stdout
 
-class IgnoresTheConnection(Health):
-    def on_disconnected(self, now_ms: int) -> None:
-        pass
 
+def test_the_record_is_of_these_mutants() -> None:
+    areas = {mutant.name: mutant.area for mutant in SIMULATED}
+    assert {name: entry["area"] for name, entry in RECORD.items()} == areas, "re-run `make mutants`"
+    assert {entry["area"] for entry in RECORD.values()} == set(AREAS)
+    assert len(RECORD) >= MUTANTS_MIN
 
-class IgnoresRefusals(Health):
-    def on_forgotten(self, now_ms: int) -> None:
-        pass
 
+def test_no_mutant_is_caught_for_a_slip_of_its_own() -> None:
+    slips = {name: entry["complaint"] for name, entry in RECORD.items()}
+    assert {name: told for name, told in slips.items() if told.startswith(MISTAKES)} == {}
 
-class CountsSeconds(Health):
-    """Silence is time, not pings: our own stall accuses the server."""
 
-    heard_ms = 0
+def test_the_docs_show_the_record() -> None:
+    assert table(RECORD) in DOCS.read_text(), "re-run `make mutants`"
 
-    def on_pong(self, pong: Pong, now_ms: int) -> None:
-        self.heard_ms = now_ms
-        super().on_pong(pong, now_ms)
 
-    def on_tick(self, now_ms: int) -> None:
-        if self.state is State.SUSPECT and now_ms - self.heard_ms > self._timing.hang_found_within_ms:
-            self._fail("3 pings unanswered", now_ms)
-        super().on_tick(now_ms)
-
-
-class BelievesTheLastPingOnly(Health):
-    """Whoever answers slower than the pings follow each other looks dead."""
-
-    def on_pong(self, pong: Pong, now_ms: int) -> None:
-        if pong.seq == self._seq:
-            super().on_pong(pong, now_ms)
-
-
-class CountsOneShort(Health):
-    def on_tick(self, now_ms: int) -> None:
-        lost = [sent_ms for _, sent_ms in self._unanswered if now_ms - sent_ms >= self._timing.timeout_ms]
-        if len(lost) == self._timing.fail_after - 1 and self.state is State.SUSPECT:
-            self._fail("3 pings unanswered", now_ms)
-        super().on_tick(now_ms)
-
-
-class UsesASuspect(Health):
-    @property
-    def usable(self) -> bool:
-        return self.state in (State.HEALTHY, State.SUSPECT)
-
-
-class UsesWhileRegistering(Health):
-    @property
-    def usable(self) -> bool:
-        return self.state in (State.HEALTHY, State.RECOVERING)
-
-
-class SleepsThroughTheTimeout(Health):
-    @property
-    def wake_at_ms(self) -> int:
-        return self._ping_at_ms
-
-
-class WaitsForEverToRegister(Health):
-    def _recover(self, why: str, boot: int, now_ms: int) -> None:
-        super()._recover(why, boot, now_ms)
-        self._recover_until_ms = NEVER_MS
-
-
-class RegistersTwiceAtOnce(Health):
-    """Each attempt that was given up leaves a thread behind."""
-
-    def on_pong(self, pong: Pong, now_ms: int) -> None:
-        self._registering = False
-        super().on_pong(pong, now_ms)
-        self._registering = True
-
-
-class AcceptsALateRegistration(Health):
-    def on_recovered(self, attempt: int, boot: int, why_not: str, now_ms: int) -> None:
-        if self.state is State.DEGRADED:
-            self._become(State.RECOVERING, "late", now_ms)
-        super().on_recovered(attempt, boot, why_not, now_ms)
-
-
-class KeepsOldPings(Health):
-    """Those that asked about the registration before."""
-
-    def on_recovered(self, attempt: int, boot: int, why_not: str, now_ms: int) -> None:
-        unanswered = list(self._unanswered)
-        super().on_recovered(attempt, boot, why_not, now_ms)
-        self._unanswered = unanswered
-
-
-class NeverHolds(Health):
-    def _hold(self, now_ms: int) -> None:
-        pass
-
-
-class HoldsLongerAndLonger(Health):
-    """Without a bound."""
-
-    def _hold(self, now_ms: int) -> None:
-        hold_ms = self._hold_ms
-        super()._hold(now_ms)
-        self._hold_ms = 2 * hold_ms or self._hold_ms
-
-
-class HoldsANewServer(Health):
-    """For what the one before has done."""
-
-    def on_pong(self, pong: Pong, now_ms: int) -> None:
-        if self.state is not State.DEGRADED or now_ms >= self._hold_until_ms:
-            super().on_pong(pong, now_ms)
-
-
-class ForgivesAtOnce(Health):
-    """One success in between, and a half-hung server costs a deadline each time."""
-
-    def success_is_news(self, now_ms: int) -> bool:
-        return self._hold_ms > 0
-
-
-class UsesASlowServer(Health):
-    def _judge(self, pong: Pong, prompt: bool, now_ms: int) -> None:
-        super()._judge(pong, True, now_ms)
-
-
-class GivesUpADeadServer(Health):
-    def _degrade(self, why: str, now_ms: int) -> None:
-        super()._degrade(why, now_ms)
-        self._ping_at_ms = NEVER_MS
-
-
-class AsksAtEveryConnection(Health):
-    def on_connected(self, now_ms: int) -> None:
-        self._ping_at_ms = min(self._ping_at_ms, now_ms)
-
-
-class AsksWithoutAPause(Health):
-    def _ping(self, now_ms: int) -> None:
-        super()._ping(now_ms)
-        self._ping_at_ms = now_ms
-
-
-class AsksFasterThanItJudges(Health):
-    """The newest ping is never old enough: a hang is not found while there are fewer others than it takes."""
-
-    def _ping(self, now_ms: int) -> None:
-        super()._ping(now_ms)
-        self._ping_at_ms = now_ms + self._timing.interval_ms * 9 // 10
-
-
-class JudgesBeforeListening(Heartbeat):
-    def step(self) -> None:
-        self.health.on_tick(self._clock())
-        super().step()
-
-
-class JudgesByALaterClock(Heartbeat):
-    def step(self) -> None:
-        assert self._link is not None
-        for event in self._link.poll(max(0, self.health.wake_at_ms - self._clock())):
-            self._on_event(event, self._clock())
-        for _ in range(len(self._inbox)):
-            self._inbox.popleft()(self._clock())
-        self.health.on_tick(self._clock())
-        self._act()
-
-
-class CountsFromBeforeItSent(Heartbeat):
-    def _act(self) -> None:
-        before_ms = self._clock()
-        self._clock()
-        super()._act()
-        self.health._unanswered = [(seq, min(at, before_ms)) for seq, at in self.health._unanswered]
-
-
-class BelievesOldRefusals(Heartbeat):
-    """Of operations that were sent under the session before."""
-
-    def _take_forgotten(self, session: int, now_ms: int) -> None:
-        self.health.on_forgotten(now_ms)
-
-
-class ShutsTheGateLate(Heartbeat):
-    def disappointed(self) -> None:
-        self._say(self._take_disappointment)
-
-
-class LeavesTheGateShut(Heartbeat):
-    def _take_disappointment(self, now_ms: int) -> None:
-        self.health.on_disappointment(now_ms)
-
-
-class PingsWithoutASession(Heartbeat):
-    def _act(self) -> None:
-        membership, self.membership = self.membership, None
-        super()._act()
-        self.membership = membership
-
-
-HEALTHS = Health.__subclasses__()
-HEARTBEATS = Heartbeat.__subclasses__()
-
-
-def world_of(mutant: type[Health] | type[Heartbeat], rng: Random) -> World:
-    if issubclass(mutant, Health):
-        return World(rng, health=mutant)
-    return World(rng, heartbeat=mutant)
-
-
-def complaint(mutant: type[Health] | type[Heartbeat], rng: Random) -> str:
-    """Empty if the world is content."""
-    try:
-        world_of(mutant, rng).live(TURNS if rng.random() < 0.9 else LONG_TURNS)
-    except AssertionError as error:
-        return str(error).split("\n")[0] or traceback.extract_tb(error.__traceback__)[-1].line or "?"
-    return ""
-
-
-@pytest.mark.parametrize("mutant", HEALTHS + HEARTBEATS, ids=lambda mutant: mutant.__name__)
-def test_a_mutant_is_caught(mutant: type[Health] | type[Heartbeat]) -> None:
-    for seed in range(SEEDS_MAX):
-        if found := complaint(mutant, Random(seed)):
-            print(f"{mutant.__name__:26} seed {seed:4}  {found[:90]}")
-            return
-    pytest.fail(f"{mutant.__name__} survives {SEEDS_MAX} schedules")
-
-
-def test_hypothesis_explains_what_it_finds() -> None:
-    """The shortest history in which a restart goes unseen."""
+def test_a_restart_that_goes_unseen_is_explained() -> None:
+    """The shortest history in which it does."""
     histories: list[World] = []
 
     def goes_wrong(rng: Random) -> bool:
@@ -282,18 +109,32 @@ def test_hypothesis_explains_what_it_finds() -> None:
             return True
         return False
 
-    find(
-        st.randoms(use_true_random=False),
-        goes_wrong,
-        settings=settings(
-            max_examples=200,
-            deadline=None,
-            database=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    find(st.randoms(use_true_random=False), goes_wrong, settings=PATIENT)
     shortest = min(histories, key=lambda world: (len(world.changes), len(world.checkers.sent)))
     for at_ms, old, new, why in shortest.changes:
         print(f"{at_ms} {old.value} -> {new.value}: {why}")
     assert len(shortest.changes) <= 4
+
+
+def test_a_bug_in_the_whole_system_is_explained() -> None:
+    """By few requests and no fault, of the many that a world may have."""
+    bug = next(mutant for mutant in MUTANTS if mutant.name == "OffersAChunkMore")
+
+    def goes_wrong(history: tuple[int, int, list[str]]) -> bool:
+        seed, requests, kinds = history
+        events = tuple((300 * at, kind) for at, kind in enumerate(kinds))
+        setup = replace(Setup.draw(Random(seed)), requests=requests)
+        try:
+            System(Random(seed), setup, Faults(events=events)).live()
+        except Exception:  # noqa: BLE001  whatever it is, it was found
+            return True
+        return False
+
+    histories = st.tuples(
+        st.integers(0, 100), st.integers(1, 30), st.lists(st.sampled_from(EVENTS), max_size=4)
+    )
+    with bug.planted(), silence():
+        seed, requests, kinds = find(histories, goes_wrong, settings=PATIENT)
+    print(f"{requests} requests to the world of seed {seed}, and {kinds or 'no fault'}")
+    assert kinds == []
+    assert requests <= REQUESTS_LEFT_MAX

@@ -136,7 +136,7 @@ class Cache:
     def ask(self, prompt: list[bytes]) -> int:
         """-> how many chunks were there"""
         found = self.index.longest_prefix([self.space], prompt)
-        last = self.index.use(self.space, prompt, found)[-1] if found else None
+        last = self.index.use(self.space, prompt, found).ends[0] if found else None
         if last:
             self.index.lease(last)
         excess = len(self.index) + len(prompt) - found - self.capacity
@@ -219,7 +219,7 @@ def test_in_a_window_group_every_chunk_stands_for_itself() -> None:
     hashes = chain(4)
     for hash_ in hashes:
         index.admit(space, hash_, b"", SlotRef(0, 1, 0))
-    for chunk in (used := index.use(space, hashes, 2)):
+    for chunk in (used := index.use(space, hashes, 2).ends):
         index.lease(chunk)
     for chunk in used:
         index.unlease(chunk)

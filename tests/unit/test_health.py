@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmconnector.health import JITTER_PERCENT, TRANSITIONS, Change, Health, Ping, Pong, Recover, State, Timing
+from lmconnector.health import TRANSITIONS, Change, Health, Ping, Pong, Recover, State
+from lmconnector.timing import JITTER_PERCENT, Timing
 
 BOOT = 7
 TIMINGS = [
@@ -104,7 +105,7 @@ def test_timings_that_make_no_sense_are_refused(values: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("phase_ms", [0, 1, 7, 20])
-def test_a_hang_is_found_within_the_bound(timing: Timing, phase_ms: int) -> None:
+def test_trap_08_a_hang_is_found_within_the_bound(timing: Timing, phase_ms: int) -> None:
     driver = Driver(timing, now_ms=1_000 + phase_ms).start().registered()
     driver.run_for(20 * timing.interval_ms)
     driver.now_ms = driver.pings[-1][1]  # the server hangs right after its last pong
@@ -116,7 +117,9 @@ def test_a_hang_is_found_within_the_bound(timing: Timing, phase_ms: int) -> None
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
-def test_a_server_that_is_back_is_used_within_an_interval_and_the_registration(timing: Timing) -> None:
+def test_trap_08_a_server_that_is_back_is_used_within_an_interval_and_a_registration(
+    timing: Timing,
+) -> None:
     driver = Driver(timing).start().registered()
     driver.answers = False
     driver.run_until(lambda: driver.is_in(State.DEGRADED), 2 * timing.hang_found_within_ms)
@@ -126,6 +129,69 @@ def test_a_server_that_is_back_is_used_within_an_interval_and_the_registration(t
     driver.run_until(lambda: driver.is_in(State.RECOVERING), limit_ms)
     driver.registered()
     assert driver.health.usable
+
+
+def test_the_bound_for_a_hang_is_the_documented_formula() -> None:
+    for timing in TIMINGS:
+        bound_ms = 11 * timing.interval_ms // 10 + timing.fail_after * timing.timeout_ms
+        assert timing.hang_found_within_ms == bound_ms
+    assert Timing().hang_found_within_ms == 2_600
+
+
+def test_trap_01_a_lost_ping_costs_a_suspicion_and_no_more(driver: Driver) -> None:
+    driver.run_for(10_000)
+    sent = len(driver.pings)
+    driver.answers = False
+    driver.run_until(lambda: len(driver.pings) > sent, 2_000)
+    driver.answers = True
+    driver.run_for(60_000)
+    suspicion, end = driver.changes[2:]
+    assert (suspicion.new, suspicion.why) == (State.SUSPECT, "ping unanswered for 500 ms")
+    assert (end.new, end.lasted_ms) == (State.HEALTHY, 0), "the next ping was due at once"
+
+
+def test_trap_11_a_hung_data_path_behind_good_pings_opens_the_gate_ever_more_rarely(driver: Driver) -> None:
+    """For an hour each operation runs into its deadline, and every ping is answered at once."""
+    openings, hour_ms, deadline_ms = 0, 3_600_000, 450
+    end_ms = driver.now_ms + hour_ms
+    while driver.now_ms < end_ms:
+        openings += 1
+        driver.now_ms += deadline_ms
+        driver.health.on_disappointment(driver.now_ms)
+        driver.tick()
+        driver.run_until(lambda: driver.health.usable, 2 * driver.timing.hold_ms_max)
+    doublings = (driver.timing.hold_ms_max // driver.timing.interval_ms).bit_length()
+    assert openings <= hour_ms // driver.timing.hold_ms_max + doublings + 1
+    assert {change.new for change in driver.changes[2:]} == {State.SUSPECT, State.HEALTHY}
+
+
+def test_a_pong_to_a_ping_from_before_a_disappointment_does_not_end_it(driver: Driver) -> None:
+    driver.answers = False
+    driver.run_until(lambda: len(driver.pings) == 2, 2_000)
+    old = driver.pings[-1][0]
+    driver.now_ms += 100
+    driver.health.on_disappointment(driver.now_ms)
+    driver.tick()
+    driver.pong(old)
+    assert driver.is_in(State.SUSPECT), "it was answered before anybody waited in vain"
+    asked = driver.pings[-1][0]
+    assert asked == old + 1, "asked at once"
+    driver.now_ms += 100
+    driver.health.on_disappointment(driver.now_ms)
+    driver.pong(asked)
+    assert driver.is_in(State.SUSPECT), "and once more"
+    driver.answers = True
+    driver.run_until(lambda: driver.health.usable, driver.timing.interval_ms // 4)
+
+
+def test_many_disappointments_do_not_hide_a_hang(driver: Driver) -> None:
+    driver.answers = False
+    began_ms = driver.now_ms
+    while not driver.is_in(State.DEGRADED):
+        driver.now_ms = min(driver.now_ms + 20, driver.health.wake_at_ms)
+        driver.health.on_disappointment(driver.now_ms)
+        driver.tick()
+        assert driver.now_ms - began_ms <= driver.timing.hang_found_within_ms
 
 
 def test_gaps_between_pings_stay_within_the_jitter(driver: Driver) -> None:

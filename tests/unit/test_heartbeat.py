@@ -5,7 +5,6 @@ import contextlib
 import gc
 import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,10 +15,11 @@ import pytest
 from cache_server.protocol import messages as m
 from lmconnector import heartbeat
 from lmconnector.errors import RegistrationError
-from lmconnector.health import State, Timing
-from lmconnector.heartbeat import Heartbeat, Membership
+from lmconnector.health import Change, State, Timing
+from lmconnector.heartbeat import REASONS_TOLD_MAX, Heartbeat, Membership
 from lmconnector.link import Connected, Disconnected, Event, Garbage, ZmqLink
 from processes import eventually, short_dir
+from threads import hasty, race
 
 BOOT = 7
 SESSION = 70
@@ -120,13 +120,10 @@ def uncaught(monkeypatch: pytest.MonkeyPatch) -> list[type[BaseException]]:
     return types
 
 
-@pytest.fixture(params=[5e-3, 1e-6], ids=["calm", "hasty"])
+@pytest.fixture(params=[False, True], ids=["calm", "hasty"])
 def _switching(request: pytest.FixtureRequest) -> Iterator[None]:
-    """How often threads take turns."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(request.param)
-    yield
-    sys.setswitchinterval(before)
+    with hasty() if request.param else contextlib.nullcontext():
+        yield
 
 
 class Log(logging.Handler):
@@ -150,22 +147,8 @@ def log() -> Iterator[Log]:
     heartbeat.log.setLevel(level)
 
 
-def race(count: int, work: Callable[[int], object]) -> None:
-    barrier = threading.Barrier(count)
-
-    def run(number: int) -> None:
-        barrier.wait()
-        work(number)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 @pytest.mark.usefixtures("_switching")
-def test_many_racing_starts_are_one() -> None:
+def test_trap_12_many_racing_starts_are_one() -> None:
     links: list[FakeLink] = []
     heart = Heartbeat(lambda: links.append(FakeLink()) or links[-1], register, TIMING)
     race(STARTERS, lambda _: heart.ensure_started())
@@ -202,6 +185,30 @@ def test_a_stopped_heartbeat_never_beats_again() -> None:
         assert rig.is_in(State.STOPPED)
 
 
+def test_trap_13_a_start_after_a_stop_that_timed_out_is_no_second_loop() -> None:
+    held, let_go = threading.Event(), threading.Event()
+    with rig_of() as rig:
+        rig.started()
+        poll = rig.link.poll
+
+        def stuck(timeout_ms: int) -> list[Event]:
+            held.set()
+            assert let_go.wait(JOIN_MS / 1_000)
+            return poll(0)
+
+        rig.link.poll = stuck  # type: ignore[method-assign]
+        assert held.wait(JOIN_MS / 1_000)
+        rig.heart.stop(timeout_ms=20)
+        loops = [thread for thread in heartbeat_threads() if thread.name == "lmconnector-heartbeat"]
+        assert len(loops) == 1, "it has not come back in time"
+        rig.heart.ensure_started()
+        assert [thread for thread in heartbeat_threads() if thread.name == "lmconnector-heartbeat"] == loops
+        pings = len(rig.link.pings)
+        let_go.set()
+        eventually(lambda: rig.is_in(State.STOPPED), "stopped")
+        assert len(rig.link.pings) <= pings + 1, "of the turn that it was in"
+
+
 def test_a_stop_before_the_start_is_for_good_too() -> None:
     with rig_of() as rig:
         rig.heart.stop(JOIN_MS)
@@ -228,7 +235,7 @@ def test_a_stop_does_not_wait_for_the_next_ping() -> None:
         assert rig.link.closed_by.name == "lmconnector-heartbeat", "a link belongs to the thread that made it"
 
 
-def test_threads_and_files_are_gone_after_each_of_many_lives() -> None:
+def test_trap_27_threads_and_files_are_gone_after_each_of_many_lives() -> None:
     with short_dir() as runtime_dir:
 
         def live() -> None:
@@ -286,7 +293,7 @@ def test_a_link_that_cannot_be_made_leaves_the_gate_shut(uncaught: list[type[Bas
 
 
 @pytest.mark.parametrize("bug", [BrokenError, AssertionError, asyncio.CancelledError, SystemExit])
-def test_a_bug_in_the_registration_does_not_end_the_heartbeat(
+def test_trap_03_a_bug_in_the_registration_does_not_end_the_heartbeat(
     bug: type[BaseException], uncaught: list[type[BaseException]]
 ) -> None:
     outcomes = [bug, bug, None]
@@ -302,7 +309,7 @@ def test_a_bug_in_the_registration_does_not_end_the_heartbeat(
         assert uncaught == [bug] * 2
 
 
-def test_pings_go_on_while_a_registration_takes_its_time() -> None:
+def test_trap_10_pings_go_on_while_a_registration_takes_its_time() -> None:
     may_end = threading.Event()
 
     def register_slowly() -> Membership:
@@ -339,6 +346,36 @@ def test_a_refused_registration_is_tried_again_and_logged_with_its_reason(log: L
     assert ["unusable_ms=" in line for line in log.lines] == [False, False, False, True, False]
 
 
+def test_attempts_that_fail_for_a_reason_told_before_are_not_told_again(log: Log) -> None:
+    refusals = [RegistrationError(why) for why in ("VERSION: 2 only", *["BUSY: full"] * 3, "VERSION: 2 only")]
+
+    def register_at_last() -> Membership:
+        if refusals:
+            raise refusals.pop(0)
+        return register()
+
+    with rig_of(register=register_at_last) as rig:
+        rig.started()
+    assert [line.split(" lasted_ms")[0] for line in log.lines] == [
+        'INFO health: dormant -> recovering why="first use"',
+        'WARNING health: recovering -> degraded why="VERSION: 2 only"',
+        'INFO health: degraded -> recovering why="the server answers"',
+        'WARNING health: recovering -> degraded why="BUSY: full"',
+        'INFO health: recovering -> healthy why="registered"',
+        'INFO health: healthy -> stopped why="shutdown"',
+    ]
+
+
+def test_reasons_that_are_new_each_time_do_not_fill_the_log(log: Log) -> None:
+    heart = Rig().heart
+    for number in range(10 * REASONS_TOLD_MAX):
+        heart._on_change(Change(State.RECOVERING, State.DEGRADED, f"strange bytes {number}", 5, 0))
+    assert len(log.lines) == REASONS_TOLD_MAX
+    heart._on_change(Change(State.RECOVERING, State.HEALTHY, "registered", 5, 5))
+    heart._on_change(Change(State.HEALTHY, State.DEGRADED, "strange bytes 0", 5, 0))
+    assert "-> degraded" in log.lines[-1], "another outage"
+
+
 def test_the_gate_is_shut_before_a_disappointed_thread_goes_on() -> None:
     with rig_of() as rig:
         rig.heart.begin()
@@ -352,6 +389,39 @@ def test_the_gate_is_shut_before_a_disappointed_thread_goes_on() -> None:
         rig.link.answers = True
         eventually(lambda: rig.heart.step() or rig.heart.usable, "usable")
         rig.heart.end()
+
+
+def test_a_disappointment_that_is_said_while_another_is_taken_is_not_lost() -> None:
+    """It comes from another thread, between the state's change and the end of the first one's doubt."""
+    with rig_of() as rig:
+        rig.heart.begin()
+        eventually(lambda: rig.heart.step() or rig.heart.usable, "usable")
+        take, taken = rig.heart.health.on_disappointment, []
+
+        def interrupted(now_ms: int) -> None:
+            take(now_ms)
+            if not taken:
+                taken.append(now_ms)
+                rig.heart.disappointed()
+
+        rig.heart.health.on_disappointment = interrupted  # type: ignore[method-assign]
+        rig.heart.disappointed()
+        rig.heart.step()
+        asked = len(rig.link.pings)
+        for event in rig.link.poll(0):  # the answer to what was asked before the second one
+            rig.heart._on_event(event, rig.heart._clock())
+        assert not rig.heart.usable
+        eventually(lambda: rig.heart.step() or rig.heart.usable, "usable")
+        assert len(rig.link.pings) > asked, "after it was asked again"
+        rig.heart.end()
+
+
+def test_round_trips_are_measured() -> None:
+    with rig_of() as rig:
+        rig.started()
+        eventually(lambda: rig.heart.round_trip.last_us, "an answer")
+        trip = rig.heart.round_trip
+        assert 0 < trip.mean_us <= trip.max_us < JOIN_MS * 1_000
 
 
 def test_a_refusal_of_an_older_session_is_old_news() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cache_server.eviction import Lru
 from cache_server.index import Admission, Chunk, Index, Space
-from cache_server.protocol.keys import SlotRef
+from cache_server.protocol.keys import SlotRef, split_slot_refs
 from kit import chain
 
 SIZE = 4096
@@ -58,7 +58,7 @@ def use(index: Index, space: Space, path: Path) -> None:
     """As a lookup does: what is found is leased for a while."""
     length = index.longest_prefix([space], hashes_to(path))
     if length:
-        last = index.use(space, hashes_to(path), length)[-1]
+        (last,) = index.use(space, hashes_to(path), length).ends
         index.lease(last)
         index.unlease(last)
 
@@ -73,7 +73,9 @@ def test_bisection_finds_what_a_walk_finds(paths: list[Path], asked: Path) -> No
     walked = next((n for n, hash_ in enumerate(hashes) if hash_ not in space.chunks), len(hashes))
     assert index.longest_prefix([space], hashes) == walked
     if walked:
-        assert [chunk.hash for chunk in index.use(space, hashes, walked)] == hashes[:walked]
+        used = index.use(space, hashes, walked)
+        assert split_slot_refs(used.refs) == [space.chunks[hash_].slot for hash_ in hashes[:walked]]
+        assert [chunk.hash for chunk in used.ends] == [hashes[walked - 1]]
 
 
 @given(
@@ -116,7 +118,7 @@ def test_a_window_group_supplies_its_last_chunks_only() -> None:
     for hash_ in hashes[3:5]:
         assert isinstance(index.admit(space, hash_, b"", next(slots)), Chunk)
     assert index.longest_prefix([space], hashes) == 5
-    assert [chunk.hash for chunk in index.use(space, hashes, 5)] == hashes[3:5]
+    assert [chunk.hash for chunk in index.use(space, hashes, 5).ends] == hashes[3:5]
 
 
 def test_one_key_in_two_groups_or_namespaces_is_two_chunks() -> None:
@@ -331,9 +333,24 @@ def test_a_family_of_overlapping_roots_names_each_chunk_once() -> None:
     assert sorted(chunk.depth for chunk in index.family(everything)) == [1, 2, 3]
 
 
-def test_hits_count_each_use() -> None:
+def test_a_chunk_that_could_leave_has_counted_each_use_of_it_and_of_what_followed_it() -> None:
+    index, space = grow([(0, 0), (0, 1)])
+    for path in ((0,), (0, 0), (0, 1), (0, 1)):
+        use(index, space, path)
+    assert [chunk.hits for chunk in index.evict(SIZE, 2) or ()] == [1, 2]
+    assert space.chunks[hash_of((0,))].hits == 4
+
+
+def test_an_eviction_that_is_called_off_counts_no_use_twice() -> None:
     index, space = grow([(0, 0)])
-    use(index, space, (0,))
     use(index, space, (0, 0))
-    assert space.chunks[hash_of((0,))].hits == 2
-    assert space.chunks[hash_of((0, 0))].hits == 1
+    assert index.evict(SIZE, 3) is None
+    assert [chunk.hits for chunk in index.evict(SIZE, 2) or ()] == [1, 1]
+
+
+def test_that_a_chunk_was_stored_is_no_use_of_what_comes_before() -> None:
+    index, space = grow([(0, 0), (0, 1)])
+    first = space.chunks[hash_of((0,))]
+    stored_at = first.stamp
+    assert index.evict(SIZE, 2) is not None
+    assert first.stamp == stored_at

@@ -12,7 +12,16 @@ import pytest
 
 from cache_server.locks import LockDir
 from cache_server.protocol.keys import owner_of
-from cache_server.protocol.presence import LOCKS, Presence, lock_now, presence_name
+from cache_server.protocol.presence import (
+    LOCKS,
+    NAMES_MAX,
+    Presence,
+    lock_now,
+    open_shared,
+    presence_name,
+)
+from nobody import NOBODY, only_root, somebody_else
+from processes import short_dir
 
 HOLDER = """
 import sys
@@ -58,7 +67,7 @@ def test_it_is_held_from_the_first_moment_to_the_last(runtime_dir: Path) -> None
     assert path.stat().st_mode & 0o007 == 0
     assert not can_lock(path)
     presence.close()
-    assert not path.exists()
+    assert can_lock(path), "the file stays, as a proof"
 
 
 def test_it_can_be_closed_when_somebody_has_removed_the_file(runtime_dir: Path) -> None:
@@ -94,40 +103,95 @@ def test_the_kernel_lets_go_when_the_process_is_killed(runtime_dir: Path) -> Non
         assert can_lock(path)
 
 
-@pytest.mark.chaos
-def test_a_successor_of_the_same_name_waits_until_the_first_is_dead(runtime_dir: Path) -> None:
-    held = threading.Event()
-    presences: list[Presence] = []
-
-    def succeed() -> None:
-        presences.append(Presence(runtime_dir, "name"))
-        held.set()
-
-    with holder(runtime_dir, "name") as process:
-        successor = threading.Thread(target=succeed)
-        successor.start()
-        assert not held.wait(0.1)
-        process.kill()
-        assert held.wait(10)
-    successor.join()
-    assert LockDir(runtime_dir).scan() == {"name"}
-    presences[0].close()
+@contextmanager
+def locked_by_another(*paths: Path) -> Iterator[None]:
+    """By a server that was stopped when it had just looked whether somebody holds these files."""
+    files = [path.open("w") for path in paths]
+    try:
+        assert all(lock_now(file.fileno()) for file in files)
+        yield
+    finally:
+        for file in files:
+            file.close()
 
 
-def test_a_file_removed_while_it_was_waited_for_is_made_again(runtime_dir: Path) -> None:
-    """As the server does with what looks like a dead process's file."""
-    path = runtime_dir / LOCKS / "name"
-    path.touch()
-    fd = os.open(path, os.O_RDONLY)
-    assert lock_now(fd)
-    presences: list[Presence] = []
-    successor = threading.Thread(target=lambda: presences.append(Presence(runtime_dir, "name")))
-    successor.start()
-    path.unlink()
-    os.close(fd)
-    successor.join(10)
-    assert not can_lock(path)
-    presences[0].close()
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+@pytest.mark.parametrize(("of_the_dir", "of_the_file"), [(0o700, 0o600), (0o2770, 0o660), (0o755, 0o640)])
+def test_a_file_is_as_open_as_its_directory_whatever_the_umask(
+    runtime_dir: Path, of_the_dir: int, of_the_file: int, mask: int
+) -> None:
+    (runtime_dir / LOCKS).chmod(of_the_dir)
+    with umask(mask):
+        Presence(runtime_dir, "name").close()
+    assert (runtime_dir / LOCKS / "name").stat().st_mode & 0o777 == of_the_file
+
+
+@only_root
+def test_a_file_that_root_makes_is_for_the_servers_user_to_read_and_to_use() -> None:
+    with short_dir() as runtime_dir:
+        (runtime_dir / LOCKS).mkdir()
+        for path in (runtime_dir, runtime_dir / LOCKS):
+            os.chown(path, NOBODY, NOBODY)
+            path.chmod(0o700)
+        presence = Presence(runtime_dir, "name")
+        made = (runtime_dir / LOCKS / "name").stat()
+        assert (made.st_uid, made.st_gid, made.st_mode & 0o777) == (NOBODY, NOBODY, 0o600)
+        os.close(open_shared(runtime_dir / "a.lock"))
+        with somebody_else():
+            locks = LockDir(runtime_dir)
+            assert locks.is_locked("name")
+            locks.close()
+            os.close(open_shared(runtime_dir / "a.lock"))
+        presence.close()
+
+
+@only_root
+def test_what_is_there_already_is_nobody_elses_then() -> None:
+    with short_dir() as runtime_dir:
+        os.chown(runtime_dir, NOBODY, NOBODY)
+        roots, link = runtime_dir / "root's", runtime_dir / "link"
+        roots.touch(0o600)
+        os.close(open_shared(roots))
+        link.symlink_to(roots)
+        with pytest.raises(OSError, match="Too many levels of symbolic links") as refused:
+            open_shared(link)
+        assert refused.value.filename == str(link)
+        assert (roots.stat().st_uid, roots.stat().st_mode & 0o777) == (0, 0o600)
+
+
+def test_a_name_that_another_has_locked_is_not_waited_for(runtime_dir: Path) -> None:
+    with locked_by_another(*(runtime_dir / LOCKS / name for name in ("name", "name.1"))):
+        presence = Presence(runtime_dir, "name")
+        assert presence.name == "name.2"
+        assert not can_lock(runtime_dir / LOCKS / presence.name)
+        presence.close()
+
+
+def test_where_no_name_is_to_be_had_it_says_so_and_keeps_no_file_open(runtime_dir: Path) -> None:
+    names = ["name", *(f"name.{number}" for number in range(1, NAMES_MAX))]
+    with locked_by_another(*(runtime_dir / LOCKS / name for name in names)):
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(OSError, match="8 new files were locked or removed by somebody else") as refused:
+            Presence(runtime_dir, "name")
+        assert Path(refused.value.filename).parent == runtime_dir / LOCKS
+        assert os.listdir("/proc/self/fd") == before
+
+
+def test_it_can_be_closed_where_its_directory_has_become_something_else(runtime_dir: Path) -> None:
+    presence = Presence(runtime_dir, "name")
+    (runtime_dir / LOCKS).rename(runtime_dir / "elsewhere")
+    (runtime_dir / LOCKS).touch()
+    presence.close()
+    assert can_lock(runtime_dir / "elsewhere" / "name")
 
 
 def test_scans_and_processes_that_come_and_go_never_miss_each_other(runtime_dir: Path) -> None:
@@ -136,17 +200,20 @@ def test_scans_and_processes_that_come_and_go_never_miss_each_other(runtime_dir:
     stop = threading.Event()
 
     def scan() -> None:
+        server = LockDir(runtime_dir)
         while not stop.is_set():
-            locks.scan()
+            server.remove(sorted(server.look().dead))
+        server.close()
 
     scanner = threading.Thread(target=scan)
     scanner.start()
     try:
         for _ in range(5_000):
             presence = Presence(runtime_dir, "name")
-            assert locks.is_locked("name")
-            assert "name" in locks.scan()
+            assert locks.is_locked(presence.name)
+            assert presence.name in locks.look().living
             presence.close()
     finally:
         stop.set()
         scanner.join()
+        locks.close()

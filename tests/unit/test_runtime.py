@@ -7,27 +7,34 @@ import stat
 import subprocess
 import sys
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from cache_server.protocol.presence import ARENA, LOCKS, LOG, PID, SOCKET, TOKEN
+from cache_server.protocol.pid_file import ServerPid, read_pid
+from cache_server.protocol.presence import ARENA, LOCKS, PID, TOKEN, lock_now
 from cache_server.runtime import (
+    FILES,
     Access,
+    CannotTellError,
     RuntimeDirError,
     admin_token,
+    is_served,
     prepare,
     purge,
-    read_pid,
-    running_pid,
+    running_server,
     sole_server,
 )
+from cache_server.shm import BLOCK_BYTES, open_arena
+from nobody import only_root, somebody_else
+from processes import short_dir
 
 SERVER = """
 import sys
 from pathlib import Path
-from cache_server.runtime import sole_server
-with sole_server(Path(sys.argv[1])):
+from cache_server.runtime import Access, sole_server
+with sole_server(Path(sys.argv[1]), Access(None)):
     print("serving", flush=True)
     sys.stdin.read()
 """
@@ -87,25 +94,31 @@ def test_a_file_in_its_place_is_named(tmp_path: Path) -> None:
 # --- one server
 
 
+def alone(runtime_dir: Path) -> AbstractContextManager[None]:
+    return sole_server(runtime_dir, OWNER_ONLY)
+
+
 def test_a_second_server_is_refused_with_the_first_ones_pid(runtime_dir: Path) -> None:
-    with sole_server(runtime_dir):
-        assert running_pid(runtime_dir) == read_pid(runtime_dir) == os.getpid()
+    with alone(runtime_dir):
+        assert running_server(runtime_dir) == read_pid(runtime_dir / PID) == ServerPid.own()
         with pytest.raises(RuntimeDirError, match=rf"a server \(pid {os.getpid()}\) already runs on it"):
-            sole_server(runtime_dir).__enter__()
-        assert running_pid(runtime_dir) == os.getpid()  # being refused has not disturbed the first
-    assert running_pid(runtime_dir) is None
-    assert read_pid(runtime_dir) is None
-    with sole_server(runtime_dir):
-        assert running_pid(runtime_dir) == os.getpid()
+            alone(runtime_dir).__enter__()
+        assert running_server(runtime_dir) == ServerPid.own()  # being refused has not disturbed the first
+    assert not is_served(runtime_dir)
+    assert not (runtime_dir / PID).exists()
+    with alone(runtime_dir):
+        assert running_server(runtime_dir) == ServerPid.own()
 
 
-def test_who_asks_for_the_running_server_keeps_none_from_starting(runtime_dir: Path) -> None:
+def test_who_asks_for_the_running_server_keeps_none_from_starting_and_no_other_from_asking(
+    runtime_dir: Path,
+) -> None:
     """A tool looks at the lock by taking it: a server that starts at this moment has to outwait that."""
     stop = threading.Event()
 
     def ask() -> None:
         while not stop.is_set():
-            running_pid(runtime_dir)
+            is_served(runtime_dir)
 
     asking = threading.Thread(target=ask)
     interval_s = sys.getswitchinterval()
@@ -113,7 +126,8 @@ def test_who_asks_for_the_running_server_keeps_none_from_starting(runtime_dir: P
     asking.start()
     try:
         for _ in range(1_000):
-            with sole_server(runtime_dir):
+            assert not is_served(runtime_dir)
+            with alone(runtime_dir):
                 pass
     finally:
         sys.setswitchinterval(interval_s)
@@ -124,14 +138,41 @@ def test_who_asks_for_the_running_server_keeps_none_from_starting(runtime_dir: P
 @pytest.mark.parametrize("text", ["1\n", "garbage", "", "99999999999\n"])
 def test_a_pid_file_without_its_server_is_stale(runtime_dir: Path, text: str) -> None:
     (runtime_dir / PID).write_text(text)
-    assert running_pid(runtime_dir) is None
-    with sole_server(runtime_dir):
-        assert running_pid(runtime_dir) == os.getpid()
+    assert running_server(runtime_dir) is None
+    with alone(runtime_dir):
+        assert running_server(runtime_dir) == ServerPid.own()
 
 
-def test_no_pid_file_no_server(tmp_path: Path) -> None:
-    assert running_pid(tmp_path) is None
-    assert running_pid(tmp_path / "not there") is None
+def test_no_dir_no_server(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "not there", tmp_path / "file"):
+        assert not is_served(path)
+        assert running_server(path) is None
+
+
+def test_a_server_whose_process_can_not_be_read_is_one_nevertheless(runtime_dir: Path) -> None:
+    with alone(runtime_dir):
+        (runtime_dir / PID).write_text("garbage\n")
+        with pytest.raises(CannotTellError, match=rf"server\.pid has 'garbage.*fuser {runtime_dir}"):
+            running_server(runtime_dir)
+        (runtime_dir / PID).unlink()
+        with pytest.raises(CannotTellError, match=r"No such file.*`kill -TERM` stops it"):
+            running_server(runtime_dir)
+        assert is_served(runtime_dir)
+
+
+@only_root
+def test_who_may_not_look_can_not_tell() -> None:
+    said = r"Permission denied: can't tell .* run this as the user"
+    with short_dir() as path, somebody_else(), pytest.raises(CannotTellError, match=said):
+        is_served(path)
+
+
+def test_the_group_may_read_which_process_it_is(runtime_dir: Path) -> None:
+    with sole_server(runtime_dir, Access(os.getgid())):
+        assert mode(runtime_dir / PID) == 0o660
+    with alone(runtime_dir):
+        assert mode(runtime_dir / PID) == 0o600
 
 
 @pytest.mark.chaos
@@ -140,28 +181,36 @@ def test_a_killed_server_leaves_the_dir_free(runtime_dir: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == b"serving\n"
-        assert running_pid(runtime_dir) == server.pid
+        assert running_server(runtime_dir) == ServerPid(server.pid, ServerPid.own().namespace)
         with pytest.raises(RuntimeDirError, match=str(server.pid)):
-            sole_server(runtime_dir).__enter__()
+            alone(runtime_dir).__enter__()
         server.send_signal(signal.SIGKILL)
-    assert read_pid(runtime_dir) == server.pid
-    assert running_pid(runtime_dir) is None
-    with sole_server(runtime_dir):
-        assert running_pid(runtime_dir) == os.getpid()
+    assert read_pid(runtime_dir / PID).pid == server.pid
+    assert running_server(runtime_dir) is None
+    with alone(runtime_dir):
+        assert running_server(runtime_dir) == ServerPid.own()
 
 
 def test_a_server_that_ends_by_an_error_lets_go(runtime_dir: Path) -> None:
-    with pytest.raises(ZeroDivisionError), sole_server(runtime_dir):
+    with pytest.raises(ZeroDivisionError), alone(runtime_dir):
         raise ZeroDivisionError
-    assert running_pid(runtime_dir) is None
+    assert not is_served(runtime_dir)
 
 
 def test_who_removes_the_pid_file_of_a_running_server_gets_no_second_one(runtime_dir: Path) -> None:
     """Two servers on one arena would hand out the same slots."""
-    with sole_server(runtime_dir):
+    with alone(runtime_dir):
         (runtime_dir / PID).unlink()  # somebody took it for stale
-        with pytest.raises(RuntimeDirError), sole_server(runtime_dir):
+        with pytest.raises(RuntimeDirError, match="a server already runs on it"), alone(runtime_dir):
             pass
+
+
+def test_a_server_whose_dir_was_removed_leaves_its_successors_pid_alone(runtime_dir: Path) -> None:
+    with alone(runtime_dir):
+        runtime_dir.rename(runtime_dir.with_name("removed"))
+        prepare(runtime_dir, OWNER_ONLY)
+        (runtime_dir / PID).write_text("another's\n")
+    assert (runtime_dir / PID).read_text() == "another's\n"
 
 
 # --- the token
@@ -193,7 +242,7 @@ def test_a_token_that_is_not_secret_is_made_anew(runtime_dir: Path, spoil: str) 
 
 
 def test_purge_leaves_nothing(runtime_dir: Path) -> None:
-    for name in (SOCKET, ARENA, f"{ARENA}.new", TOKEN, LOG, PID, f"{LOCKS}/engine"):
+    for name in (*FILES, ARENA, f"{LOCKS}/engine"):
         (runtime_dir / name).touch()
     purge(runtime_dir, runtime_dir / ARENA)
     assert not runtime_dir.exists()
@@ -207,3 +256,42 @@ def test_purge_keeps_what_is_not_the_servers(runtime_dir: Path, tmp_path: Path) 
     purge(runtime_dir, arena)
     assert not arena.exists()
     assert [path.name for path in runtime_dir.iterdir()] == ["notes"]
+
+
+def test_purge_frees_the_memory_of_an_arena_that_engines_still_map(runtime_dir: Path) -> None:
+    file = open_arena(runtime_dir / ARENA, 16 << 20, 0o600)
+    os.posix_fallocate(file.fd, 0, file.geometry.file_bytes)
+    file.close()
+    with (runtime_dir / ARENA).open("rb") as mapped:
+        purge(runtime_dir, runtime_dir / ARENA)
+        assert os.fstat(mapped.fileno()).st_blocks * BLOCK_BYTES < 4 << 20
+
+
+def test_purge_takes_nothing_from_a_server_that_runs(runtime_dir: Path) -> None:
+    with alone(runtime_dir):
+        (runtime_dir / PID).unlink()  # whatever else says that there is none
+        (runtime_dir / ARENA).touch()
+        with pytest.raises(RuntimeDirError, match="already runs on it: nothing was removed"):
+            purge(runtime_dir, runtime_dir / ARENA)
+        assert sorted(path.name for path in runtime_dir.iterdir()) == [ARENA, LOCKS]
+
+
+def test_purge_takes_no_arena_that_a_server_with_another_dir_uses(runtime_dir: Path, tmp_path: Path) -> None:
+    arena = tmp_path / "arena elsewhere"
+    with arena.open("w") as used:
+        assert lock_now(used.fileno())
+        with pytest.raises(RuntimeDirError, match="a server with another --dir uses it"):
+            purge(runtime_dir, arena)
+    assert arena.exists()
+
+
+@only_root
+def test_purge_by_who_may_not_says_what_it_could_not_remove() -> None:
+    with short_dir() as path:
+        path.chmod(0o755)
+        (path / TOKEN).touch()
+        with (
+            somebody_else(),
+            pytest.raises(RuntimeDirError, match=rf"{TOKEN}: Permission denied: .* run this"),
+        ):
+            purge(path, path / ARENA)

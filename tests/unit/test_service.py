@@ -120,9 +120,52 @@ def test_there_are_so_many_members_and_no_more(world: World) -> None:
 def test_a_member_is_refreshed_or_replaced_also_when_there_are_as_many_as_can_be(world: World) -> None:
     peers = [Peer(world, str(n)).start() for n in range(3)]
     assert refusal(world, peers[0].registration()) == ""
+    peers[1].kill()
     peers[1].spawn()
     assert refusal(world, peers[1].registration()) == ""
     assert len(world.service.registry) == 3
+
+
+def test_the_place_of_a_living_process_is_not_taken(world: World) -> None:
+    """A copied configuration: both would give back what the other one writes into."""
+    peer = Peer(world).start()
+    slots, first = peer.reserve(1), peer.proofs[0]
+    peer.spawn()
+    another = peer.registration()
+    reply = world.service.handle(another, world.now_ms)
+    assert isinstance(reply, m.Refused)
+    assert (reply.code, reply.detail) == (
+        Code.BUSY,
+        "engine engine, worker 0 is process 0 and lives: give each engine an engine_id of its own",
+    )
+    assert peer.ping().known
+    assert list(peer.commit(chain(1), slots)) == [Outcome.STORED]
+    world.locked.discard(first)
+    assert refusal(world, another) == "", "a restart has the place as soon as the one before is dead"
+
+
+@pytest.mark.parametrize(("instance", "code"), [("1", ""), ("2", Code.BUSY), ("", Code.BUSY)])
+def test_no_process_joins_another_start_of_its_engine_while_one_of_that_lives(
+    world: World, instance: str, code: str
+) -> None:
+    """Else two starts would be mixed: one's scheduler with the other one's workers."""
+    peer = Peer(world, ranks=2)
+    for rank in (0, 1):
+        peer.spawn(rank)
+    world.ask(msgspec.structs.replace(peer.registration(0), instance="1"), m.Registered)
+    other = msgspec.structs.replace(peer.registration(1), instance=instance)
+    assert refusal(world, other) == code
+    peer.kill(0)
+    assert refusal(world, other) == ""
+
+
+def test_a_process_keeps_its_place_with_a_new_presence_file(world: World) -> None:
+    """Somebody has removed the runtime dir's files: it has made another one, and closed the old one."""
+    peer = Peer(world).start()
+    session = peer.sessions[0]
+    peer.kill()
+    peer.spawn()
+    assert peer.register().session != session
 
 
 # --- who may ask what
@@ -501,6 +544,39 @@ def test_what_a_dead_engine_had_reserved_comes_back_after_a_restart_too(world: W
     assert world.pass_ms(0) == []
     assert world.pass_ms(50) == [f"{peer.owner.hex()} (2 slots came back)"]
     assert world.arena.usage().free == world.arena.usage().capacity
+
+
+def test_a_missing_presence_file_proves_nothing_to_a_server_that_has_never_seen_it(
+    world: World, peer: Peer
+) -> None:
+    """Somebody tidied the runtime dir while no server ran; the process may be about to write."""
+    peer.reserve(2)
+    world.locked.clear()
+    world.locked.known.clear()
+    world.start()
+    assert world.pass_ms(0) == []
+    assert world.pass_ms(60_000) == []
+    assert sum(map(len, world.arena.reserved.values())) == 2
+    peer.spawn()
+    peer.register()
+    assert peer.abort([], all_but=True) == 2, "they are its own still"
+    assert world.pass_ms(0) == []
+
+
+def test_a_file_of_the_dead_is_kept_for_as_long_as_it_proves_something(world: World) -> None:
+    engine = Peer(world, "engine", ranks=2).start()
+    engine.reserve(1)
+    world.locked.known.add("nobody's")
+    first, second = engine.proofs.values()
+    assert world.service.spent_proofs(world.locked.seen()) == ["nobody's"]
+    engine.kill(0)
+    assert world.service.spent_proofs(world.locked.seen()) == sorted(["nobody's", first]), "another one lives"
+    engine.kill(1)
+    for passed_ms in (0, 49):
+        assert world.pass_ms(passed_ms) == []
+        assert world.service.spent_proofs(world.locked.seen()) == ["nobody's"]
+    assert world.pass_ms(1) == ["engine (1 slots came back)"]
+    assert world.service.spent_proofs(world.locked.seen()) == sorted(["nobody's", first, second])
 
 
 def test_a_reused_slot_has_a_new_generation(world: World, peer: Peer) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import logging
+import mmap
 import os
 import struct
 import time
@@ -12,23 +13,29 @@ from pathlib import Path
 
 import pytest
 
+from cache_server.arena import Key
+from cache_server.beats import Bounds, Part
+from cache_server.faults import Faults
 from cache_server.protocol.slots import (
     FORMAT_VERSION,
     SLAB_POPULATED,
     SLAB_RAW,
+    FormatError,
     Geometry,
+    holds,
     read_boots,
     read_header,
     read_slab,
     write_slab,
 )
-from cache_server.shm import BLOCK_BYTES, ArenaError, ArenaFile, Populator, open_arena
+from cache_server.shm import BLOCK_BYTES, ArenaError, ArenaFile, Populator, free_pages, open_arena
 from processes import short_dir
 
 MIB = 1 << 20
 CAPACITY = 16 * MIB
 GEOMETRY = Geometry.of(CAPACITY)
 OWNER = b"an engine's mark"
+KEY = Key(b"a model's prefix", 0, 0, bytes(range(32)))
 DEADLINE_S = 20.0
 
 Spoil = Callable[[Path], object]
@@ -67,11 +74,11 @@ def test_a_fresh_arena_has_all_its_size_and_no_memory_yet(path: Path) -> None:
     stat = path.stat()
     assert stat.st_size == file.geometry.file_bytes == GEOMETRY.file_bytes
     assert stat.st_mode & 0o777 == 0o600
-    assert stat.st_blocks * BLOCK_BYTES < MIB
-    assert read_header(memoryview(file.map)) == (GEOMETRY, file.id)
+    assert GEOMETRY.table_at <= stat.st_blocks * BLOCK_BYTES < MIB  # what is written at once, and no more
+    assert read_header(file.table) == (GEOMETRY, file.id)
     arena = file.arena(7, 9)
     assert arena.raw_slabs == list(range(8))
-    assert read_boots(memoryview(file.map)) == (1, [(7, 9)])
+    assert read_boots(file.table) == (1, [(7, 9)])
     assert [entry.name for entry in path.parent.iterdir()] == ["arena"]
     assert file.in_place
     file.close()
@@ -89,7 +96,7 @@ def test_an_arena_is_taken_over_with_all_that_is_in_it(path: Path) -> None:
     taken = second.arena(2, 0)
     assert taken.reserved == {OWNER: {slot.number: slot.generation}}
     assert taken.raw_slabs == [0, 1, 2, 4, 5, 6, 7]
-    assert read_boots(memoryview(second.map))[0] == 2
+    assert read_boots(second.table)[0] == 2
     assert content(path, slot.offset, 15) == b"what was stored"
     assert taken.reserve(4096, 1, OWNER)[0].generation > slot.generation
     second.close()
@@ -155,7 +162,7 @@ def test_what_a_killed_server_had_not_finished_is_overwritten(path: Path) -> Non
     unfinished = path.with_name("arena.new")
     unfinished.write_bytes(b"half an arena" * 1000)
     file = make(path)
-    assert read_header(memoryview(file.map))[0] == GEOMETRY
+    assert read_header(file.table)[0] == GEOMETRY
     assert file.arena(1, 0).raw_slabs == list(range(8))
     assert not unfinished.exists()
     file.close()
@@ -168,6 +175,111 @@ def test_a_file_that_was_removed_or_replaced_is_not_in_place(path: Path) -> None
     path.write_bytes(b"another")
     assert not file.in_place
     file.close()
+
+
+# --- given up
+
+
+class Engine:
+    """Maps the arena for as long as it knows no other, and was told of one chunk."""
+
+    def __init__(self, file: ArenaFile) -> None:
+        self.fd = os.open(file.path, os.O_RDWR)
+        self.map = mmap.mmap(self.fd, GEOMETRY.file_bytes)
+        arena = file.arena(1, 0)
+        for slab in (2, 3):
+            arena.populated(slab)
+        (self.slot,) = arena.reserve(4096, 1, OWNER)
+        self.map[self.slot.offset] = 7
+        arena.commit(OWNER, self.slot, KEY, None)
+
+    @property
+    def memory_bytes(self) -> int:
+        return os.fstat(self.fd).st_blocks * BLOCK_BYTES
+
+    @property
+    def may_use_what_it_has_read(self) -> bool:
+        return holds(memoryview(self.map), GEOMETRY, self.slot, KEY.hash)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@pytest.fixture
+def used(path: Path) -> Iterator[tuple[ArenaFile, Engine]]:
+    file = make(path)
+    populate(file, [2, 3])
+    engine = Engine(file)
+    assert engine.may_use_what_it_has_read
+    yield file, engine
+    engine.close()
+
+
+def assert_given_up(engine: Engine) -> None:
+    """Its data's memory is free; what it looks at is there still, and says that it has nothing."""
+    tables = GEOMETRY.table_at + 2 * GEOMETRY.entries_bytes
+    assert tables <= engine.memory_bytes < tables + MIB
+    assert not engine.may_use_what_it_has_read
+    assert engine.memory_bytes < tables + MIB
+    with pytest.raises(FormatError):
+        read_header(memoryview(engine.map))
+    assert engine.map[engine.slot.offset] == 0
+
+
+def test_a_file_without_a_name_gives_its_memory_back_though_engines_map_it(
+    used: tuple[ArenaFile, Engine],
+) -> None:
+    file, engine = used
+    file.path.unlink()
+    file.close()
+    assert_given_up(engine)
+
+
+def test_a_file_with_a_name_keeps_its_memory(used: tuple[ArenaFile, Engine]) -> None:
+    file, engine = used
+    file.close()
+    assert engine.may_use_what_it_has_read
+    assert engine.map[engine.slot.offset] == 7
+
+
+def test_its_server_lets_go_of_it_whoever_still_knows_its_table(path: Path) -> None:
+    file = make(path)
+    arena = file.arena(2, 0)
+    file.close()
+    assert file.map.closed
+    assert arena.usage().capacity == CAPACITY
+
+
+def test_pages_are_freed_before_the_name_is_removed(used: tuple[ArenaFile, Engine]) -> None:
+    file, engine = used
+    file.close()
+    free_pages(engine.fd)
+    assert_given_up(engine)
+
+
+def test_what_a_new_format_or_capacity_replaces_is_freed(used: tuple[ArenaFile, Engine]) -> None:
+    file, engine = used
+    file.close()
+    spoil_version(file.path)
+    open_arena(file.path, 2 * CAPACITY, 0o600).close()
+    assert_given_up(engine)
+
+
+@pytest.mark.parametrize("content", [b"", b"no arena at all"])
+def test_what_is_no_arena_is_left_as_it_is(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with path.open("r+b") as file:
+        free_pages(file.fileno())
+    assert path.read_bytes() == content
+
+
+def test_an_arena_that_was_cut_off_is_left_as_it_is(path: Path) -> None:
+    """Behind its end there is nothing to clear or to look at."""
+    make(path).close()
+    os.truncate(path, GEOMETRY.table_at)
+    with path.open("r+b") as file:
+        free_pages(file.fileno())
+    assert read_header(content(path, 0, 4096))[0] == GEOMETRY
 
 
 # --- refused
@@ -208,8 +320,14 @@ def test_what_can_not_be_made_is_named(path: Path) -> None:
 # --- populated
 
 
+def populator_of(file: ArenaFile, slabs: list[int]) -> Populator:
+    return Populator(
+        file, slabs, Part("populate", Bounds(1_000, 1_000), critical=False), Faults(file.path.parent)
+    )
+
+
 def populate(file: ArenaFile, slabs: list[int]) -> None:
-    populator = Populator(file, slabs)
+    populator = populator_of(file, slabs)
     populator.start()
     finished: list[int] = []
     wait_for(lambda: finished.extend(populator.take_finished()) or len(finished) == len(slabs))
@@ -222,7 +340,7 @@ def populate(file: ArenaFile, slabs: list[int]) -> None:
 def test_populating_gives_every_page_its_memory(path: Path) -> None:
     file = make(path)
     populate(file, list(range(8)))
-    assert path.stat().st_blocks * BLOCK_BYTES >= CAPACITY
+    assert path.stat().st_blocks * BLOCK_BYTES >= CAPACITY + 8 * GEOMETRY.entries_bytes
     assert not any(content(path, GEOMETRY.data_at, CAPACITY))
     assert path.stat().st_size == GEOMETRY.file_bytes
     file.close()
@@ -237,24 +355,22 @@ def test_only_the_slabs_that_were_named_are_touched(path: Path) -> None:
     populate(file, [1, 3])
     for slab, mark in marks.items():
         assert content(path, GEOMETRY.slab_at(slab), GEOMETRY.slab_bytes) == mark
-    assert path.stat().st_blocks * BLOCK_BYTES - before == 2 * GEOMETRY.slab_bytes
+    assert path.stat().st_blocks * BLOCK_BYTES - before == 2 * (GEOMETRY.slab_bytes + GEOMETRY.entries_bytes)
     file.close()
 
 
 def test_a_new_server_populates_what_the_last_one_had_not(path: Path) -> None:
     file = make(path)
-    table = memoryview(file.map)
     for slab in (0, 4):
-        write_slab(table, GEOMETRY, slab, SLAB_POPULATED)
-    write_slab(table, GEOMETRY, 5, 4096)
-    table.release()
+        write_slab(file.table, GEOMETRY, slab, SLAB_POPULATED)
+    write_slab(file.table, GEOMETRY, 5, 4096)
     file.close()
     later = open_arena(path, CAPACITY, 0o600)
     arena = later.arena(2, 0)
     raw = arena.raw_slabs
     assert raw == [1, 2, 3, 6, 7]
     populate(later, raw)
-    table = memoryview(later.map)
+    table = later.table
     assert [read_slab(table, GEOMETRY, slab) for slab in (1, 6)] == [SLAB_RAW] * 2
     for slab in raw:
         arena.populated(slab)
@@ -267,7 +383,7 @@ def test_failing_memory_is_said_and_does_not_stop_the_server(
 ) -> None:
     file = make(path)
     closed = os.open(path, os.O_RDONLY)  # nothing can be written through it
-    populator = Populator(dataclasses.replace(file, fd=closed), [0, 1])
+    populator = populator_of(dataclasses.replace(file, fd=closed), [0, 1])
     populator.start()
     wait_for(lambda: populator.failure != "")
     assert populator.take_finished() == []
@@ -280,13 +396,13 @@ def test_failing_memory_is_said_and_does_not_stop_the_server(
 
 def test_a_populator_that_never_started_can_be_stopped(path: Path) -> None:
     file = make(path)
-    Populator(file, [0]).stop()
+    populator_of(file, [0]).stop()
     file.close()
 
 
 def test_a_stopped_populator_names_no_slab_that_it_has_not_finished(path: Path) -> None:
     file = make(path)
-    populator = Populator(file, list(range(8)))
+    populator = populator_of(file, list(range(8)))
     populator.start()
     populator.stop()
     finished = populator.take_finished()

@@ -16,11 +16,13 @@ from cache_server.protocol.slots import (
     HISTORY,
     NO_NUMBER,
     SLAB_BYTES_MAX,
+    SLAB_RAW,
     SLOT_ALIGN,
     Entry,
     FormatError,
     Geometry,
     SlotState,
+    clear_tables,
     holds,
     read_boots,
     read_entry,
@@ -110,6 +112,7 @@ def test_another_version_is_refused_even_if_whole(file: memoryview) -> None:
     struct.pack_into("<I", file, 48, zlib.crc32(file[:48]))
     with pytest.raises(FormatError, match=f"format version {FORMAT_VERSION + 1}, this code"):
         read_header(file)
+    assert read_header(file, any_version=True) == (SMALL, ARENA_ID)
 
 
 # --- boots and slabs
@@ -129,6 +132,18 @@ def test_slab_records_are_apart(file: memoryview) -> None:
     for slab in range(SMALL.slabs):
         write_slab(file, SMALL, slab, 4096 * (slab + 1))
     assert [read_slab(file, SMALL, slab) for slab in range(SMALL.slabs)] == [4096, 8192, 12288, 16384]
+
+
+def test_a_cleared_file_is_no_arena_and_holds_nothing(file: memoryview) -> None:
+    unused = SMALL.entries_per_slab * (SMALL.slabs - 1)  # the first of a slab that has no memory
+    write_slab(file, SMALL, SMALL.slabs - 1, SLAB_RAW)
+    for number in (0, unused - 1, unused):
+        write_entry(file, SMALL, number, ENTRY)
+    clear_tables(file, SMALL)
+    assert not any(file[: SMALL.entry_at(unused)])
+    assert read_entry(file, SMALL, unused) == ENTRY, "a page without memory is not to be written to"
+    with pytest.raises(FormatError, match="begins with"):
+        read_header(file)
 
 
 # --- entries

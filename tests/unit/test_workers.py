@@ -214,9 +214,9 @@ def test_only_the_lock_tells_that_a_process_is_gone(registry: Registry) -> None:
     member = registry.register(first, 0)
     other = registry.register(second, 0)
     engine = engine_of(registry, member)
-    registry.observe(locks(first, second))
+    registry.observe(locks(first, second), 1_000)
     assert member.state(10_000, SILENT_AFTER_MS) is WorkerState.SILENT
-    registry.observe(locks(second))
+    registry.observe(locks(second), 1_000)
     assert member.state(0, SILENT_AFTER_MS) is WorkerState.GONE
     assert other.state(0, SILENT_AFTER_MS) is WorkerState.READY
     assert engine.incomplete == "1 of 2 workers are registered"
@@ -228,7 +228,7 @@ def test_a_process_that_registers_again_with_its_lock_is_alive(registry: Registr
     """Its lock was free for a moment: a container whose first process always has the same pid has restarted,
     or somebody has tidied the runtime dir."""
     member = registry.register(worker(), 0)
-    registry.observe(frozenset())
+    registry.observe(frozenset(), 1_000)
     again = registry.register(worker(), 1)
     assert again.state(1, SILENT_AFTER_MS) is WorkerState.READY
     assert engine_of(registry, again).incomplete == ""

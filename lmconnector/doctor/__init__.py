@@ -1,0 +1,1 @@
+"""`lmconnector doctor`: looks at everything between an engine and its cache, and says what to do."""

@@ -1,0 +1,94 @@
+"""The runtime dir and its socket, as the file system shows them."""
+
+import contextlib
+import os
+import pwd
+import socket
+import stat
+from pathlib import Path
+
+from cache_server.protocol.pid_file import read_pid
+from cache_server.protocol.presence import LOCKS, PID, SOCKET
+from lmconnector.doctor.findings import Finding, fail, ok, warn
+from lmconnector.errors import ONE_USER
+
+CONNECT_S = 1.0
+START = "start one: cache-server run --daemon --dir {}"
+
+
+def runtime_dir(path: Path) -> Finding:
+    check = "runtime dir"
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return fail(check, f"{path} does not exist: no server runs there", START.format(path))
+    except OSError as error:
+        return fail(check, f"{path}: {error.strerror}", "run as the server's user, or give --dir")
+    mode = stat.S_IMODE(status.st_mode)
+    owner = _user(status.st_uid)
+    seen = f"{path}: of user {owner}, mode {mode:04o}"
+    if not stat.S_ISDIR(status.st_mode):
+        return fail(check, f"{path} is no directory", "give the server and the engines another dir")
+    for place in (path, path / LOCKS):
+        if not os.access(place, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+            return fail(
+                check,
+                f"{seen}; user {_user(os.geteuid())} may not use {place if place.exists() else path}",
+                ONE_USER,
+            )
+    if mode & 0o007:
+        return warn(
+            check,
+            f"{seen}: every user of this machine can harm the cache",
+            f"chmod 700 {path} (0700 is the default)",
+        )
+    group = status.st_uid != os.geteuid() or mode & 0o070
+    return ok(check, seen + (": open to its group" if group else ": yours alone"))
+
+
+def server_socket(path: Path) -> Finding:
+    """Whether somebody listens; who it is shows when it is asked something."""
+    check, file = "socket", path / SOCKET
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(CONNECT_S)
+        try:
+            probe.connect(str(file))
+        except FileNotFoundError:
+            return fail(check, f"{file} does not exist: no server runs there", START.format(path))
+        except ConnectionRefusedError:
+            return fail(check, f"{file}: nobody listens, its server is dead", START.format(path))
+        except TimeoutError:
+            return fail(check, f"{file}: no connection within {CONNECT_S:.0f} s", restart(path))
+        except OSError as error:
+            advice = f"remove it, then {START.format(path)}"
+            if isinstance(error, PermissionError):
+                advice = ONE_USER
+            return fail(check, f"{file}: {error.strerror or error}", advice)
+    return ok(check, f"{file}: somebody listens")
+
+
+def restart(path: Path) -> str:
+    """What to do about a server that does not answer, as far as its process can be seen from here."""
+    seen = _process(path)
+    if seen is None:
+        return f"restart it: cache-server stop --dir {path}, or kill it; what it holds is kept"
+    pid, state = seen
+    if state == "T":
+        return f"process {pid} is stopped: kill -CONT {pid} lets it go on"
+    return f"restart process {pid} (kill -9 if it must be): what it holds is kept"
+
+
+def _process(path: Path) -> tuple[int, str] | None:
+    """Its pid and the kernel's letter for its state."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        server = read_pid(path / PID)
+        if server.counts_here:
+            return server.pid, Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return None
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
