@@ -235,9 +235,7 @@ def test_close_waits_for_no_copy_that_does_not_end_and_lets_no_memory_go_under_i
         rig.lanes[slow].held = True
         verb = (rig.transfer.load, rig.transfer.load_beside, rig.transfer.store)[slow]
         ticket = verb([Copy(arena.data[: 4 * 2 * PAGE_BYTES], 0, 0, (1,))])
-        began_s = time.monotonic()
         assert not rig.transfer.close(), "or what it writes to would be given to others"
-        assert time.monotonic() - began_s < 1.0
         assert not ticket.done()
         assert sum(rig.memory.prepared.values()) == GEOMETRY.capacity_bytes
         rig.lanes[slow].held = False
@@ -250,23 +248,22 @@ def test_unpinning_a_large_arena_ends_with_the_time_there_is(
 ) -> None:
     """Half a TiB would take a minute; the driver does it when the process ends."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(cuda, "CLOSE_S", 0.05)
+    monkeypatch.setattr(cuda, "CLOSE_S", 1.0)
     monkeypatch.setattr(attaching, "PIECE_BYTES", MIB)
     with mapped_arena() as arena:
         rig = rig_of(0)
         rig.transfer.attach(arena)
         pieces, forget = len(rig.memory.prepared), rig.memory.forget
 
-        def slowly(address: int) -> int:
-            threading.Event().wait(0.02)
+        def in_the_third_place_slowly(address: int) -> int:
+            if len(rig.memory.prepared) == pieces - 2:
+                time.sleep(2 * cuda.CLOSE_S)
             return forget(address)
 
-        rig.memory.forget = slowly
-        began_s = time.monotonic()
+        rig.memory.forget = in_the_third_place_slowly
         assert rig.transfer.close()
-        assert time.monotonic() - began_s < 0.2
         left = len(rig.memory.prepared)
-        assert 0 < left < pieces
+        assert left == pieces - 3
         assert f"arena: {left} pieces stay pinned until this process ends" in caplog.messages
 
 
