@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from cache_server.protocol.presence import BEAT
+from cache_server.protocol.presence import BEAT, is_file_at
 
 PAGE_BYTES = 4096
 WORD_BYTES = 8
@@ -49,6 +49,7 @@ class BeatPage:
         try:
             os.posix_fallocate(fd, 0, PAGE_BYTES)  # else a full file system is met at the first write
             self._map = mmap.mmap(fd, PAGE_BYTES)
+            self._file = os.fstat(fd)
         finally:
             os.close(fd)
         self._words = memoryview(self._map).cast("B").cast("Q")
@@ -78,8 +79,8 @@ class BeatPage:
         words[AT_CLOSED] = words[AT_OPENED]
 
     def close(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        if is_file_at(self.path, self._file):  # else it may be the next server's
+            self.path.unlink(missing_ok=True)
         self._words.release()
         with contextlib.suppress(BufferError):
             self._map.close()

@@ -63,7 +63,9 @@ class Chunks:
 
     def reserve(self, request: m.Reserve, engine: Engine, books: Books) -> m.Reserved:
         shape = shape_of(engine, request.group)
-        self._limits.check_stock(self._storage.arena, engine.owner, shape.slot_bytes, request.count)
+        chunk_bytes = sum(each.slot_bytes for each in engine.shapes)
+        arena = self._storage.arena
+        self._limits.check_stock(arena, engine.owner, shape.slot_bytes, request.count, chunk_bytes)
         if engine.canary:
             slots = self._storage.reserve_spare(shape.slot_bytes, request.count, engine.owner)
         else:

@@ -53,6 +53,8 @@ def _run(options: argparse.Namespace) -> int:
     config_file = options.config or os.environ.get(variable)
     settings = configuration.gather(flags, os.environ, Path(config_file) if config_file else None)
     config = configuration.parse(settings)
+    for words in configuration.misspelt(os.environ):
+        print(f"cache-server: warning: {words}", file=sys.stderr)
     if options.verb == "config":
         width = max(map(len, settings))
         for name, setting in settings.items():
@@ -77,9 +79,15 @@ def _operate(config: Config, options: argparse.Namespace) -> int:
     try:
         match options.verb:
             case "stop":
-                running = control.stop(config, purge=options.purge)
-                print("stopped" if running else f"no server runs on {config.dir}", end="")
-                print("; its files are removed" if options.purge else "")
+                print("stopped" if control.stop(config) else f"no server runs on {config.dir}")
+                if options.purge:
+                    arena = config.arena_path if config.arena else None
+                    removed = runtime.purge(config.runtime_dir, arena)
+                    print(
+                        f"removed {', '.join(map(str, removed))}"
+                        if removed
+                        else "there was nothing to remove"
+                    )
             case "pause" | "resume":
                 control.order(config, orders.PAUSE if options.verb == "pause" else orders.RESUME)
             case "run" if options.daemon:
@@ -97,20 +105,30 @@ def _operate(config: Config, options: argparse.Namespace) -> int:
 
 
 def _hold(config: Config, options: argparse.Namespace) -> int:
-    from cache_server import hold_file  # noqa: PLC0415  the server's start needs none of it
+    from cache_server import hold_file, runtime  # noqa: PLC0415  the server's start needs none of it
     from cache_server.clock import monotonic_ms  # noqa: PLC0415
     from cache_server.holds import Hold  # noqa: PLC0415
 
     now_ms = monotonic_ms()
     try:
+        if not runtime.is_served(config.runtime_dir):
+            print(f"cache-server: no server runs on {config.dir}", file=sys.stderr)
+            return EXIT_FAILED
         if options.verb == "hold":
             until_ms = now_ms + options.ttl
             hold_file.hold(config.runtime_dir, Hold(options.owner, options.reason, until_ms), now_ms)
         elif not hold_file.unhold(config.runtime_dir, options.owner, now_ms):
             print(f"cache-server: {options.owner} holds nothing", file=sys.stderr)
             return EXIT_FAILED
-    except (hold_file.HoldError, OSError) as error:
+    except runtime.CannotTellError as error:
         print(f"cache-server: {error}", file=sys.stderr)
+        return EXIT_UNKNOWN
+    except hold_file.HoldError as error:
+        print(f"cache-server: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        advice = "run this as the user of the server, or as a member of its `group`"
+        print(f"cache-server: {error.filename}: {error.strerror}: {advice}", file=sys.stderr)
         return EXIT_FAILED
     return 0
 
@@ -150,10 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="FILE", help="TOML file with any of these options")
+    server = common.add_argument_group("options of the server")
+    server.add_argument("--config", metavar="FILE", help="TOML file with any of these options")
     for name, key in configuration.KEYS.items():
         default = f" (default {key.default})" if key.default else ""
-        common.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="…", help=key.help + default)
+        server.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="…", help=key.help + default)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = verbs.add_parser("run", parents=[common], help="serve, in the foreground")
     verb.add_argument("--daemon", action="store_true", help="serve in the background; returns when it serves")
@@ -178,4 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("k8s-probes", parents=[common], help="probes for Kubernetes, for these options")
     verb.add_argument("--exec", action="store_true", help="by `check` in the container, not over HTTP")
     verbs.add_parser("config", parents=[common], help="the effective options and where each comes from")
+    for verb in verbs.choices.values():
+        verb.allow_abbrev = False  # `--pu` is not to purge
+        verb.usage = f"{verb.prog} [OPTION …]"
     return parser

@@ -64,6 +64,4 @@ class Client:
                 answered = f"{type(request).__name__} answered by {type(reply).__name__}"
                 raise ProtocolError(Code.MALFORMED, answered, reply.id)
             return reply
-        raise UnreachableError(
-            f"no answer from {self._path} within {self.timeout_ms} ms: does a server run there?"
-        )
+        raise UnreachableError(f"no answer from {self._path} within {self.timeout_ms} ms")

@@ -13,7 +13,7 @@ from cache_server.endpoints import Requirement
 from cache_server.eviction import DEFAULT_POLICY, POLICIES
 from cache_server.job import DEFAULT_JOB, Job, parse_job
 from cache_server.limits import Limits
-from cache_server.protocol.presence import LOG, SOCKET
+from cache_server.protocol.presence import ARENA, LOG, why_no_socket
 from cache_server.protocol.slots import SLOT_ALIGN, Geometry
 from cache_server.trials import TrialRules
 from cache_server.values import (
@@ -32,8 +32,9 @@ from cache_server.values import (
 )
 
 ENVIRONMENT_PREFIX = "CACHE_SERVER_"
-SOCKET_PATH_BYTES_MAX = 107  # of a unix socket's address
+ALIKE = 0.7  # as a typing error leaves two names
 PATHS = ("live_path", "ready_path", "startup_path", "health_path", "events_path", "metrics_path")
+DRAIN_MS_MAX = 600_000
 FIXED_PATHS = ("/status",)
 
 
@@ -61,7 +62,9 @@ KEYS: dict[str, Key] = {
     ),
     "stock_percent": Key("12", percent, "most of the arena that one engine may hold reserved"),
     "reserved_percent": Key("50", percent, "most of the arena that all engines may hold reserved"),
-    "drain": Key("10s", duration_ms("0s", "10m"), "how long SIGTERM waits for leases to end"),
+    "drain": Key(
+        "10s", duration_ms("0s", f"{DRAIN_MS_MAX // 60_000}m"), "how long SIGTERM waits for leases to end"
+    ),
     "live_path": Key("/live", url_path, "path of liveness"),
     "ready_path": Key("/ready", url_path, "path of readiness"),
     "startup_path": Key("/startup", url_path, "path that says whether the start is over"),
@@ -123,6 +126,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return Path(self.dir)
 
     @property
+    def arena_path(self) -> Path:
+        return Path(self.arena) if self.arena else self.runtime_dir / ARENA
+
+    @property
     def limits(self) -> Limits:
         return Limits(
             lease_ms=self.lease,
@@ -172,6 +179,20 @@ def gather(
     return settings
 
 
+def misspelt(environment: Mapping[str, str]) -> list[str]:
+    """In words.  Others begin so too: Kubernetes has some for a service that is called cache-server."""
+    names = {
+        variable: variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        for variable in sorted(environment)
+        if variable.startswith(ENVIRONMENT_PREFIX)
+    }
+    return [
+        f"{variable} is no option; did you mean {ENVIRONMENT_PREFIX}{near[0].upper()}?"
+        for variable, name in names.items()
+        if name not in KEYS and (near := difflib.get_close_matches(name, KEYS, 1, ALIKE))
+    ]
+
+
 def parse(settings: Mapping[str, Setting]) -> Config:
     values: dict[str, object] = {}
     for name, setting in settings.items():
@@ -191,7 +212,9 @@ def load(flags: Mapping[str, str], config_file: Path | None) -> Config:
 def _read_file(path: Path) -> dict[str, str]:
     try:
         table = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}") from error
+    except ValueError as error:
         raise ConfigError(f"config file {path}: {error}") from error
     for name, value in table.items():
         if name not in KEYS:
@@ -207,12 +230,8 @@ def _check_together(config: Config, settings: Mapping[str, Setting]) -> None:
     def named(name: str) -> str:
         return f"{name} = {settings[name].text} (from {settings[name].source})"
 
-    socket = os.fsencode(config.runtime_dir / SOCKET)
-    if len(socket) > SOCKET_PATH_BYTES_MAX:
-        raise ConfigError(
-            f"dir = {config.dir!r} (from {settings['dir'].source}): the socket's path would have "
-            f"{len(socket)} bytes, a unix socket takes {SOCKET_PATH_BYTES_MAX}: choose a shorter one"
-        )
+    if why := why_no_socket(config.runtime_dir):
+        raise ConfigError(f"dir = {config.dir!r} (from {settings['dir'].source}): {why}")
     if config.stock_percent > config.reserved_percent:
         raise ConfigError(
             f"{named('stock_percent')}: expected at most {named('reserved_percent')}, which all engines share"

@@ -4,49 +4,48 @@ import contextlib
 import os
 import select
 import signal
+import sys
+import time
 from pathlib import Path
 
 from cache_server import runtime
-from cache_server.config import Config
+from cache_server.client import Client, RefusedError, UnreachableError
+from cache_server.config import DRAIN_MS_MAX, Config
+from cache_server.protocol import messages as m
+from cache_server.protocol.codec import ProtocolError
 from cache_server.protocol.pid_file import ServerPid, own_namespace
-from cache_server.protocol.presence import ARENA
 
-STOP_SLACK_MS = 10_000  # beyond the drain
+PATIENCE_S = 10.0  # with a server that does not say that it drains
+LOOK_S = 1.0
 
 
 class ControlError(Exception):
     """The server was not told, or has not done it; the message says why and what to do."""
 
 
-def stop(config: Config, *, purge: bool) -> bool:
+def stop(config: Config) -> bool:
     """Drains the server and waits for its end; -> whether one was running."""
-    server = _tell(config.runtime_dir, signal.SIGTERM, wait_ms=config.drain + STOP_SLACK_MS)
-    if purge:
-        runtime.purge(config.runtime_dir, Path(config.arena or config.runtime_dir / ARENA))
-    return server is not None
+    return _tell(config.runtime_dir, signal.SIGTERM, wait=True)
 
 
 def order(config: Config, told: signal.Signals) -> None:
-    if _tell(config.runtime_dir, told) is None:
+    if not _tell(config.runtime_dir, told):
         raise ControlError(f"no server runs on {config.dir}")
 
 
-def _tell(runtime_dir: Path, told: signal.Signals, wait_ms: int = 0) -> ServerPid | None:
-    """Sends the running server a signal and waits for its end if so told; None where no server runs."""
+def _tell(runtime_dir: Path, told: signal.Signals, *, wait: bool = False) -> bool:
+    """Sends the running server a signal and waits for its end if so told; -> whether one was running."""
     server = runtime.running_server(runtime_dir)
     if server is None:
-        return None
+        return False
     process = _process_of(server, runtime_dir)
     if process is None:
-        return None
+        return False
     try:
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             signal.pidfd_send_signal(process, told)
-        if wait_ms and not select.select([process], [], [], wait_ms / 1_000)[0]:
-            raise ControlError(
-                f"the server (pid {server.pid}) has not ended within {wait_ms / 1_000:.0f} s: it may hang; "
-                f"`kill -9 {server.pid}` loses nothing that was committed"
-            )
+        if wait:
+            _await_end(process, server, runtime_dir)
     except PermissionError as error:
         raise ControlError(
             f"dir {runtime_dir}: its server (pid {server.pid}) is another user's process: "
@@ -54,7 +53,33 @@ def _tell(runtime_dir: Path, told: signal.Signals, wait_ms: int = 0) -> ServerPi
         ) from error
     finally:
         os.close(process)
-    return server
+    return True
+
+
+def _await_end(process: int, server: ServerPid, runtime_dir: Path) -> None:
+    """For as long as the server says that it drains: how long it may is for its configuration to say."""
+    began_s = heard_s = time.monotonic()
+    while not select.select([process], [], [], LOOK_S)[0]:
+        now_s = time.monotonic()
+        if server.is_stopped:
+            raise ControlError(
+                f"the server (pid {server.pid}) is stopped: `kill -CONT {server.pid}` lets it go on, and end"
+            )
+        if now_s - began_s < DRAIN_MS_MAX / 1_000 and _drains(runtime_dir):
+            if heard_s == began_s:
+                print(f"the server (pid {server.pid}) drains, and is waited for", file=sys.stderr)
+            heard_s = now_s
+        elif now_s - heard_s > PATIENCE_S:
+            raise ControlError(
+                f"the server (pid {server.pid}) has not ended within {now_s - began_s:.0f} s: it may hang; "
+                f"`kill -9 {server.pid}` loses nothing that was committed"
+            )
+
+
+def _drains(runtime_dir: Path) -> bool:
+    with Client(runtime_dir) as client, contextlib.suppress(UnreachableError, RefusedError, ProtocolError):
+        return client.ask(m.Ping(id=client.next_id()), m.Pong).state == "draining"
+    return False
 
 
 def _process_of(server: ServerPid, runtime_dir: Path) -> int | None:

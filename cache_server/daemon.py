@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import resource
@@ -69,10 +70,12 @@ def run(config: Config, starter: Starter = NOBODY) -> None:
         notify.starting(serves_within_s(config))
         ending = None
         while ending is not Ending.STOPPED:
-            runtime.prepare(config.runtime_dir, access)
+            runtime.prepare(config.runtime_dir)
             if ending is Ending.RESTART:
                 signal.raise_signal(signal.SIGHUP)  # the log may have been removed along with what was served
                 log.error("server: begins anew: arena or socket was removed under it")
+                gc.unfreeze()  # the index that was served is full of cycles, and would stay for good
+                gc.collect()
             with runtime.sole_server(config.runtime_dir, access):
                 ending = _run_once(config, access, notify, orders, starter)
     except StoppedEarlyError:
@@ -112,6 +115,8 @@ def _run_once(
         watch.start()
         server = open_things.enter_context(contextlib.closing(Server(config, access, vitals, orders)))
         watch.source = lambda: server.published
+        if config.arena:
+            runtime.note_arena(config.runtime_dir, config.arena_path, access)
         starter.tell(f"{SERVING}{os.getpid()}")
         notify.ready(f"serving {config.dir}")
         ending = server.run()
@@ -148,7 +153,7 @@ def _become_daemon(config: Config, starter: Starter) -> NoReturn:
         if os.fork():
             os._exit(0)
         os.chdir("/")
-        runtime.prepare(config.runtime_dir, runtime.Access.of_group(config.group))
+        runtime.prepare(config.runtime_dir)
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
         log_to_file(log_path(config), config.log_level)

@@ -51,7 +51,11 @@ def _one_at_a_time(config: Config) -> Outcome:
     try:
         with _canary_lock(config.runtime_dir, end_ms) as fd:
             other = _read(fd)
-            if other is not None and other.began_ms >= asked_ms and other.job == config.canary_job:
+            if (
+                other is not None
+                and asked_ms <= other.began_ms <= monotonic_ms()
+                and other.job == config.canary_job
+            ):
                 return other.outcome
             began_ms = monotonic_ms()
             outcome = _run(config, end_ms)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 SWITCH = "CACHE_SERVER_DEBUG_FAULTS"
+FAULT = "fault."
 SECONDS_MAX = 3_600.0
 GIL_SECONDS_MAX = 60.0
 
@@ -31,7 +32,7 @@ class Faults:
     def at(self, part: str, leased: Leased = unleased) -> None:
         if self._dir is None:
             return
-        file = self._dir / f"fault.{part}"
+        file = self._dir / f"{FAULT}{part}"
         with contextlib.suppress(FileNotFoundError, ValueError):
             order = file.read_text().strip()
             file.unlink()

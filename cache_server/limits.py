@@ -15,6 +15,9 @@ class RefusedError(Exception):
         self.detail = detail
 
 
+CLEAR_MS_MAX = 60_000  # to drop millions of chunks
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     lease_ms: int = 30_000
@@ -26,18 +29,21 @@ class Limits:
     stock_bytes_max: int = 1 << 30  # one engine's reserved slots
     reserved_bytes_max: int = 4 << 30  # all engines', those in quarantine included
 
-    def check_stock(self, arena: Arena, owner: bytes, slot_bytes: int, count: int) -> None:
+    def check_stock(self, arena: Arena, owner: bytes, slot_bytes: int, count: int, chunk_bytes: int) -> None:
+        """`chunk_bytes`: of a chunk's slots in all groups: none may take what the others need."""
         if slot_bytes > arena.slot_bytes_max:
             raise RefusedError(
                 Code.TOO_LARGE,
                 f"a slot of {slot_bytes} bytes; this arena takes {arena.slot_bytes_max} at most: "
                 "give the server more capacity or the engine smaller chunks",
             )
-        wanted = slot_bytes * count
-        if wanted > self.stock_bytes_max:
+        if chunk_bytes * count > self.stock_bytes_max:
             raise RefusedError(
-                Code.TOO_LARGE, f"{wanted} bytes at once; an engine may hold {self.stock_bytes_max} reserved"
+                Code.TOO_LARGE,
+                f"{count} slots at once, for as many chunks of {chunk_bytes} bytes; "
+                f"an engine may hold {self.stock_bytes_max} bytes reserved",
             )
+        wanted = slot_bytes * count
         mine = arena.reserved_bytes(owner)
         if mine + wanted > self.stock_bytes_max:
             raise RefusedError(

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from cache_server.faults import FAULT
 from cache_server.protocol.pid_file import ServerPid, read_pid
 from cache_server.protocol.presence import (
     ARENA,
+    ARENA_PATH,
     BEAT,
     CANARY_LOCK,
     DIRECTORY,
@@ -29,13 +31,14 @@ from cache_server.protocol.presence import (
     is_file_at,
     lock_now,
 )
-from cache_server.shm import free_pages
+from cache_server.shm import free_pages, is_arena
 
 LOCK_TRIES = 20
 LOCK_PAUSE_S = 0.01
+NAMED_MAX = 3  # of files that are in the way
 FILES = (
-    SOCKET, f"{ARENA}.new", TOKEN, LOG, PID, f"{PID}.new", BEAT, f"{BEAT}.new", CANARY_LOCK, HOLDS,
-    f"{HOLDS}.new", HOLDS_LOCK,
+    SOCKET, f"{ARENA}.new", ARENA_PATH, f"{ARENA_PATH}.new", TOKEN, LOG, PID, f"{PID}.new", BEAT,
+    f"{BEAT}.new", CANARY_LOCK, HOLDS, f"{HOLDS}.new", HOLDS_LOCK,
 )  # fmt: skip
 
 
@@ -82,18 +85,39 @@ class Access:
         path.chmod(mode)
 
 
-def prepare(path: Path, access: Access) -> None:
+def prepare(path: Path) -> None:
+    """There is a directory then that a server may have; another one's is as it was."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.stat().st_uid != os.geteuid():
+        whose = path.stat()
+        if whose.st_uid != os.geteuid():
             raise RuntimeDirError(f"dir {path} belongs to another user: choose another --dir")
-        access.open_dir(path)
-        (path / LOCKS).mkdir(mode=0o700, exist_ok=True)
-        access.open_dir(path / LOCKS)
+        if whose.st_mode & stat.S_ISVTX:
+            raise RuntimeDirError(
+                f"dir {path} is shared by all users: choose one of its own, {path}/cache-server"
+            )
+        if strange := _strange_files(path):
+            raise RuntimeDirError(
+                f"dir {path} has files that are no cache server's ({_some(strange)}): choose an empty --dir"
+            )
     except OSError as error:
-        raise RuntimeDirError(
-            f"dir {path}: {error.strerror}: choose another --dir or its permissions"
-        ) from error
+        raise _unusable(path, error) from error
+
+
+def _strange_files(path: Path) -> list[str]:
+    """That somebody else had before a server made itself at home there; it is not to be taken from him."""
+    names = sorted(os.listdir(path))
+    if LOCKS in names and TOKEN in names:
+        return []
+    return [name for name in names if name not in (*FILES, ARENA, LOCKS) and not name.startswith(FAULT)]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED_MAX]) + (f" and {len(names) - NAMED_MAX} more" if names[NAMED_MAX:] else "")
+
+
+def _unusable(path: Path, error: OSError) -> RuntimeDirError:
+    return RuntimeDirError(f"dir {path}: {error.strerror}: choose another --dir or its permissions")
 
 
 @contextlib.contextmanager
@@ -101,15 +125,39 @@ def sole_server(path: Path, access: Access) -> Iterator[None]:
     """Holds the lock that makes this process the runtime dir's only server, and says which process it is."""
     advice = "stop it with `cache-server stop`, or choose another --dir"
     with _alone(path, advice) as in_place:
-        unfinished = path / f"{PID}.new"
-        unfinished.write_text(ServerPid.own().text)
-        access.open_file(unfinished)
-        unfinished.rename(path / PID)
+        _open_to(path, access)
+        _write(path / PID, ServerPid.own().text, access)
         try:
             yield
         finally:
             if in_place():  # else it may be the next one's
                 (path / PID).unlink(missing_ok=True)
+
+
+def _open_to(path: Path, access: Access) -> None:
+    """To whom the configuration opens it, and to nobody else."""
+    try:
+        access.open_dir(path)
+        (path / LOCKS).mkdir(mode=0o700, exist_ok=True)
+        access.open_dir(path / LOCKS)
+    except PermissionError as error:
+        if access.gid is None:
+            raise _unusable(path, error) from error
+        group = grp.getgrgid(access.gid).gr_name
+        words = f"group = {group!r}: {error.strerror}: choose a group that this user is a member of"
+        raise RuntimeDirError(words) from error
+
+
+def _write(file: Path, text: str, access: Access) -> None:
+    unfinished = file.with_name(f"{file.name}.new")
+    unfinished.write_text(text)
+    access.open_file(unfinished)
+    unfinished.rename(file)
+
+
+def note_arena(path: Path, arena: Path, access: Access) -> None:
+    """So that a purge finds it, whoever runs that with whatever options."""
+    _write(path / ARENA_PATH, f"{arena}\n", access)
 
 
 @contextlib.contextmanager
@@ -189,35 +237,53 @@ def admin_token(path: Path) -> str:
     return token
 
 
-def purge(path: Path, arena: Path) -> None:
-    """Removes all that a server leaves behind, and the dir itself if nothing else lies in it."""
+def purge(path: Path, arena: Path | None) -> list[Path]:
+    """Removes all that a server leaves behind, and the dir itself if nothing else lies in it; -> the arenas
+    and the dir, if they are removed.  `arena`: one that may not be noted there."""
+    removed = []
     try:
-        if path.is_dir():
-            with _alone(
-                path, "nothing was removed; if a service manager has started it again, stop it there"
-            ):
-                _remove_arena(path / ARENA)
-                for name in FILES:
-                    (path / name).unlink(missing_ok=True)
-                shutil.rmtree(path / LOCKS, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-        _remove_arena(arena)
+        with contextlib.ExitStack() as alone:
+            if path.is_dir():
+                if strange := _strange_files(path):
+                    words = f"has files that are no cache server's ({_some(strange)}): nothing was removed"
+                    raise RuntimeDirError(f"dir {path} {words}")
+                advice = "nothing was removed; if a service manager has started it again, stop it there"
+                alone.enter_context(_alone(path, advice))
+            arenas = dict.fromkeys([path / ARENA, *_noted_arena(path), *([arena] if arena else [])])
+            removed += [each for each in arenas if _remove_arena(each)]
+            for name in FILES:
+                (path / name).unlink(missing_ok=True)
+            shutil.rmtree(path / LOCKS, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
+                removed.append(path)
     except OSError as error:
         raise RuntimeDirError(
             f"{error.filename}: {error.strerror}: it can't be removed: run this as the user of the server"
         ) from error
+    return removed
 
 
-def _remove_arena(path: Path) -> None:
+def _noted_arena(path: Path) -> list[Path]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if noted := (path / ARENA_PATH).read_text().strip():
+            return [Path(noted)]
+    return []
+
+
+def _remove_arena(path: Path) -> bool:
+    """-> whether there was one"""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     try:
         if not lock_now(fd):
             raise RuntimeDirError(f"arena {path}: it was not removed: a server with another --dir uses it")
+        if not is_arena(fd):
+            raise RuntimeDirError(f"arena {path}: it was not removed: the file is no arena, and somebody's")
         free_pages(fd)
         path.unlink()
     finally:
         os.close(fd)
+    return True

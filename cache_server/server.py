@@ -13,7 +13,6 @@ import threading
 import time
 from enum import Enum
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -23,12 +22,13 @@ from cache_server.clock import monotonic_ms
 from cache_server.config import Config
 from cache_server.eviction import POLICIES
 from cache_server.index import Index
+from cache_server.limits import CLEAR_MS_MAX
 from cache_server.locks import LockDir
 from cache_server.orders import Orders
 from cache_server.protocol import messages as m
 from cache_server.protocol.codec import ProtocolError, decode_request, encode
 from cache_server.protocol.messages import FRAME_BYTES_MAX, Code
-from cache_server.protocol.presence import ARENA, SOCKET, is_file_at
+from cache_server.protocol.presence import SOCKET, is_file_at
 from cache_server.protocol.slots import FORMAT_VERSION
 from cache_server.published import Published
 from cache_server.runtime import Access, admin_token
@@ -46,7 +46,6 @@ FILES_MS = 1_000  # how often the runtime dir's own files are looked at
 REPLIES_WAITING_MAX = 1_024  # for one client that does not read; further ones are dropped and counted
 MORE_FOLLOWS = int(zmq.SNDMORE | zmq.NOBLOCK)
 CLIENTS_WAITING_MAX = 1_024  # connections not yet accepted
-CLEAR_LEASE_MS = 60_000  # to drop millions of chunks
 ERRORS_LOGGED_MAX = 20  # internal errors with a stack trace, per boot
 
 
@@ -107,9 +106,7 @@ class Server:
 
     def _take_over(self, access: Access) -> Storage:
         config = self.config
-        self._file = open_arena(
-            Path(config.arena or config.runtime_dir / ARENA), config.capacity, access.file_mode
-        )
+        self._file = open_arena(config.arena_path, config.capacity, access.file_mode)
         access.open_file(self._file.path)
         arena = self._file.arena(self.boot, time.time_ns() // 1_000_000_000)
         storage = Storage(arena, Index(POLICIES[config.policy]))
@@ -178,9 +175,11 @@ class Server:
     def _serve(self) -> None:
         """The parts one by one: pyzmq's calls for whole messages cost as much as a PING's decoding."""
         socket = self._socket
-        client, frames = socket.recv(), []
+        client = socket.recv()
+        frames: list[bytes] = []
         while socket.getsockopt(zmq.RCVMORE):
-            frames.append(socket.recv())
+            frame = socket.recv()
+            frames.append(b"" if frames else frame)  # of those that are too many nothing is kept
         reply = encode(self._reply_to(frames))
         try:
             socket.send(client, MORE_FOLLOWS)
@@ -206,7 +205,7 @@ class Server:
             if isinstance(request, m.Status):
                 reply: m.Reply = self._status(request)
             elif isinstance(request, m.Clear):
-                with self._vitals.loop_busy(self._pulse, "clearing", CLEAR_LEASE_MS):
+                with self._vitals.loop_busy(self._pulse, "clearing", CLEAR_MS_MAX):
                     reply = service.handle(request, monotonic_ms())
             else:
                 reply = service.handle(request, monotonic_ms())

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import logging
 import mmap
 import os
@@ -19,6 +20,7 @@ from cache_server.faults import Faults
 from cache_server.protocol.presence import is_file_at, lock_now
 from cache_server.protocol.slots import (
     DATA_ALIGN,
+    MAGIC,
     SLAB_RAW,
     FormatError,
     Geometry,
@@ -31,6 +33,8 @@ from cache_server.protocol.slots import (
 
 log = logging.getLogger(__name__)
 
+MACHINE_BOOT = Path("/proc/sys/kernel/random/boot_id")
+MACHINE_BOOT_BYTES = 8  # at an arena id's end
 POPULATE_STEP_BYTES = 4 << 20
 RETRY_S = 5.0
 HEADER_BYTES = 4096
@@ -80,6 +84,10 @@ def open_arena(path: Path, capacity_bytes: int, mode: int) -> ArenaFile:
     with contextlib.ExitStack() as on_refusal:
         on_refusal.callback(os.close, fd)
         _lock(fd, path)
+        if not is_arena(fd):
+            raise ArenaError(
+                f"arena {path}: the file is no arena and is kept: remove it, or choose another --arena"
+            )
         try:
             file = _take_over(path, fd, geometry)
         except FormatError as error:
@@ -104,6 +112,12 @@ def _take_over(path: Path, fd: int, geometry: Geometry) -> ArenaFile:
         mapped.close()  # it holds the lock as the descriptor does
         raise
     return ArenaFile(path, fd, arena_id, geometry, mapped, table)
+
+
+def is_arena(fd: int) -> bool:
+    """Of whatever format and however damaged: of others' files none begins as ours do.  An empty one can be
+    nobody's loss."""
+    return os.pread(fd, len(MAGIC), 0) in (MAGIC, b"")
 
 
 def free_pages(fd: int) -> None:
@@ -141,12 +155,23 @@ def _check_same(fd: int, geometry: Geometry) -> bytes:
     found, arena_id = read_header(os.pread(fd, HEADER_BYTES, 0))
     if found != geometry or os.fstat(fd).st_size != geometry.file_bytes:
         raise FormatError(f"it was made for {found.capacity_bytes} bytes, now {geometry.capacity_bytes}")
+    if arena_id[-MACHINE_BOOT_BYTES:] != machine_boot():  # on a disk, where tables may be newer than the data
+        raise FormatError("it is of another boot of this machine, which may have lost some of it")
     return arena_id
+
+
+def machine_boot() -> bytes:
+    """Another one after each boot; the same where nobody tells."""
+    try:
+        told = MACHINE_BOOT.read_bytes()
+    except OSError:
+        told = b""
+    return hashlib.blake2b(told, digest_size=MACHINE_BOOT_BYTES).digest()
 
 
 def _create(path: Path, geometry: Geometry, mode: int) -> ArenaFile:
     unfinished = path.with_name(path.name + ".new")
-    arena_id = os.urandom(16)
+    arena_id = os.urandom(16 - MACHINE_BOOT_BYTES) + machine_boot()
     try:
         fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         _lock(fd, unfinished)

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import msgspec
 
-from cache_server import __version__
+from cache_server import __version__, runtime
 from cache_server.client import Client, RefusedError, UnreachableError
+from cache_server.limits import CLEAR_MS_MAX
 from cache_server.protocol import messages as m
 from cache_server.protocol.codec import ProtocolError
 from cache_server.protocol.presence import TOKEN
 from cache_server.report import Status, WorkerReport
 
+ANSWER_MS = 2_000
+CLEAR_MS = CLEAR_MS_MAX + ANSWER_MS
+NOBODY_MS = 200  # where no server runs, and yet somebody may listen who is none
 TOP_INTERVAL_S = 1.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 
@@ -27,11 +31,21 @@ def run(verb: str, runtime_dir: Path, *, as_json: bool) -> int:
         "workers": lambda client: _workers(client, as_json=as_json),
     }
     try:
-        with Client(runtime_dir) as client:
+        served = runtime.is_served(runtime_dir)
+    except runtime.CannotTellError as error:
+        print(f"cache-server: {error}", file=sys.stderr)
+        return 2
+    patience_ms = (CLEAR_MS if verb == "clear" else ANSWER_MS) if served else NOBODY_MS
+    try:
+        with Client(runtime_dir, patience_ms) as client:
             if verb == "top":
                 return _top(client)
             print(verbs[verb](client))
-    except (UnreachableError, RefusedError, OSError) as error:
+    except UnreachableError as error:
+        words = f"{error}: `cache-server check --live` tells whether it hangs"
+        print(f"cache-server: {words if served else f'no server runs on {runtime_dir}'}", file=sys.stderr)
+        return 1
+    except (RefusedError, OSError) as error:
         print(f"cache-server: {error}", file=sys.stderr)
         return 1
     except (ProtocolError, msgspec.ValidationError) as error:
@@ -62,7 +76,14 @@ def _ping(client: Client) -> str:
 
 
 def _clear(client: Client, runtime_dir: Path) -> str:
-    token = (runtime_dir / TOKEN).read_text().strip()
+    try:
+        token = (runtime_dir / TOKEN).read_text().strip()
+    except OSError as error:
+        client.ask(m.Ping(id=client.next_id()), m.Pong)  # if nobody runs there, that is what to say
+        whose = "run this as the user of the server"
+        raise OSError(
+            f"{error.filename}: {error.strerror}: only who can read it may clear: {whose}"
+        ) from error
     return f"cleared {client.ask(m.Clear(id=client.next_id(), token=token), m.Done).count} chunks"
 
 

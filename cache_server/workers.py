@@ -182,8 +182,15 @@ class Registry:
             member = Member(self._new_session(), registration, now_ms)
             engine.members[place] = member
             self._sessions[member.session] = (engine, member)
+            self._drop_dead_of_others(engine, registration.instance)
         engine.settle()
         return member
+
+    def _drop_dead_of_others(self, engine: Engine, instance: str) -> None:
+        """An engine that starts anew with fewer processes has no use for its predecessor's places."""
+        for place, member in list(engine.members.items()):
+            if member.gone_ms is not None and member.registration.instance != instance:
+                del engine.members[place], self._sessions[member.session]
 
     def unregister(self, session: int) -> Engine | None:
         """-> the engine, if that was its last member"""

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cache_server.protocol.presence import why_no_socket
 from lmconnector import __version__, launch
 from lmconnector.config import Options
 from lmconnector.errors import ConfigError
@@ -28,14 +29,12 @@ def _run(options: argparse.Namespace) -> int:
         case "doctor":
             from lmconnector.doctor import examination  # noqa: PLC0415  `config` does without
 
-            question = examination.Question(
-                Path(options.dir).expanduser().absolute(), options.model, options.prefix_caching_hash_algo
-            )
+            question = examination.Question(options.dir, options.model, options.prefix_caching_hash_algo)
             return examination.run(question, json=options.json)
         case "bench":
             from lmconnector.bench import main as bench  # noqa: PLC0415
 
-            return bench.run(Path(options.dir).expanduser() if options.dir else None, json=options.json)
+            return bench.run(options.dir, json=options.json)
         case _:
             from lmconnector.demo.main import main as demo  # noqa: PLC0415
 
@@ -48,6 +47,16 @@ def _config(options: argparse.Namespace) -> int:
     given = launch.options(options.options, flags)
     print(launch.serve_command(options.serve, given) if options.serve else launch.transfer_config(given))
     return 0
+
+
+def _dir(text: str) -> Path:
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError as error:  # no such user
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    if why := why_no_socket(path):
+        raise argparse.ArgumentTypeError(f"{text!r}: {why}")
+    return path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="…", help=text)
     verb.add_argument("--serve", metavar="MODEL", help="print the whole command `vllm serve MODEL …`")
     verb = verbs.add_parser("doctor", help="look at server, arena and engine, and say what to do")
-    verb.add_argument("--dir", default=defaults.dir, metavar="DIR", help=f"default {defaults.dir}")
+    verb.add_argument("--dir", type=_dir, default=defaults.dir, metavar="DIR", help=f"default {defaults.dir}")
     verb.add_argument("--model", metavar="MODEL", help="can this model's KV cache be cached?")
     verb.add_argument(
         "--prefix-caching-hash-algo", choices=ALGORITHMS, default=ALGORITHMS[0], help="as vLLM is given it"
@@ -72,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="for machines")
     verb = verbs.add_parser("bench", help="how fast copies and round trips are on this machine; 10 s")
     verb.add_argument(
-        "--dir", metavar="DIR", help="of a running server; default: one is started, and ended, for this"
+        "--dir",
+        type=_dir,
+        metavar="DIR",
+        help="of a running server; default: one is started, and ended, for this",
     )
     verb.add_argument("--json", action="store_true", help="for machines")
     verb = verbs.add_parser("demo", help="a real vLLM through the cache server's death and return")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from cache_server.protocol import messages as m
 from lmconnector.errors import UnavailableError
-from lmconnector.link import Connected, Garbage, Link
+from lmconnector.link import EVENTS_MAX, Connected, Garbage, Link
 
 OnReply = Callable[[m.Reply | None], None]  # None: not sent, or no reply in time
 PENDING_MAX = 4_096
@@ -33,10 +33,14 @@ class Client:
             self._pending[request.id] = (self._clock() + deadline_ms, on_reply)
 
     def poll(self, timeout_ms: int) -> None:
+        awaited = 0
         for event in self._link.poll(timeout_ms):
             if isinstance(event, m.Reply):
                 pending = self._pending.pop(event.id, None)
+                awaited += pending is not None
                 (pending[1] if pending else self.on_stray)(event)
+        if awaited == EVENTS_MAX:
+            return  # more may lie there: what has come is not late
         now_ms = self._clock()
         overdue = [id_ for id_, (deadline_ms, _) in self._pending.items() if now_ms >= deadline_ms]
         for id_ in overdue:

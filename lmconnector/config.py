@@ -4,11 +4,13 @@ import difflib
 import logging
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
+from cache_server.protocol.presence import why_no_socket
 from lmconnector.errors import ConfigError
 from lmconnector.timing import Timing
 
@@ -55,6 +57,7 @@ def parse(given: Mapping[str, object]) -> Options:
             raise ConfigError(f"kv_connector_extra_config: unknown key {name!r}{hint}")
         _check(name, given[name])
     options = msgspec.convert(dict(given), Options)
+    options = msgspec.structs.replace(options, dir=_whole_path(options.dir))
     if options.heartbeat_timeout_s > options.heartbeat_interval_s:
         raise ConfigError(
             f"kv_connector_extra_config: heartbeat_timeout_s = {options.heartbeat_timeout_s}: expected at "
@@ -66,6 +69,19 @@ def parse(given: Mapping[str, object]) -> Options:
             f"lookup_deadline_ms = {options.lookup_deadline_ms}"
         )
     return options
+
+
+def _whole_path(text: str) -> str:
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # no such user
+        raise ConfigError(f"kv_connector_extra_config: dir = {text!r}: {error}") from error
+    if not path.is_absolute():
+        why = "expected a path from the root: server and engines have working directories of their own"
+        raise ConfigError(f"kv_connector_extra_config: dir = {text!r}: {why}")
+    if why := why_no_socket(path):
+        raise ConfigError(f"kv_connector_extra_config: dir = {text!r}: {why}")
+    return str(path)
 
 
 def _check(name: str, value: object) -> None:

@@ -31,7 +31,10 @@ def note_failure(gate: Gate, request: m.Lookup | m.Commit | m.Clear, reply: m.Re
     """Lets the heartbeat draw its conclusions from a request that came to nothing; -> what to count it as."""
     op = type(request).__name__.lower()
     if reply is None:
-        gate.disappointed()
+        if (
+            request.session == gate.session
+        ):  # else its server is gone, and the one that is there was not asked
+            gate.disappointed()
         return f"{op}_late"
     if isinstance(reply, m.Refused):
         if reply.code == Code.UNKNOWN_SESSION:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -196,6 +196,8 @@ def namespace(vllm_config: VllmConfig, kv_config: KVCacheConfig, chunks: ChunkLa
         "lengths": _lengths(model, json.dumps(config)),
         "load_format": load_format,
         "dummy_seed": model.seed if load_format.endswith("dummy") else None,
+        "draft": _draft(vllm_config.speculative_config),
+        "attention": str(vllm_config.attention_config.backend),  # one may pack what another does not
         "dtype": str(model.dtype),
         "quantization": model.quantization,
         "cache_dtype": cache.cache_dtype,
@@ -247,6 +249,14 @@ def _commit(model: str, revision: str | None) -> str | None:
         if isinstance(found, str):
             return Path(found).parent.name
     return None
+
+
+def _draft(speculative: SpeculativeConfig | None) -> list[object]:
+    """Another one has other layers of its own in the same cache."""
+    if speculative is None or speculative.draft_model_config is None:
+        return []
+    draft = speculative.draft_model_config
+    return [speculative.method, draft.model, draft.revision, _weights_id(Path(draft.model))]
 
 
 def _weights_id(folder: Path) -> list[list[object]]:

@@ -17,7 +17,7 @@ from cache_server.protocol import messages as m
 from cache_server.protocol.codec import ProtocolError, decode_reply, encode
 from cache_server.protocol.presence import SOCKET
 
-REQUESTS_WAITING_MAX = 64  # for a server that does not read
+REQUESTS_WAITING_MAX = 1_024  # for a server that does not read; many prompts may come at once
 EVENTS_MAX = 256  # of one `poll`: a peer that floods us does not keep us from judging it
 RECONNECT_MS = 20  # a unix socket costs nothing to try
 RECONNECT_MS_MAX = 200

@@ -13,6 +13,7 @@ from cache_server.protocol import messages as m
 from cache_server.protocol.keys import HASH_BYTES
 from lmconnector.gate import note_failure
 from lmconnector.jobs import Jobs, Kind
+from lmconnector.loading import Loading
 from lmconnector.metadata import Load, Outcome, Plan
 from lmconnector.pace import Pace
 from lmconnector.pairing import pieces
@@ -49,10 +50,7 @@ class SchedulerSide:
         self._requests: dict[str, Request] = {}
         self.storing: dict[str, Record] = {}  # those that may still have something to store
         self._blocks = around.blocks
-        self._loads: list[Load] = []
-        self._arenas: set[bytes] = set()  # in which they are
-        self._tables: list[Sequence[int]] = []  # of those that joined since its first load at once
-        self._loading_beside: dict[bytes, int] = {}  # chunk -> since when
+        self._loading = Loading(around.layout.hash_tokens, around.clock, around.options.request_deadline_ms)
         self._releases: list[str] = []
         self._part_offsets: dict[int, tuple[int, ...]] = {}
         self._step_waits_until_ms = 0
@@ -68,6 +66,8 @@ class SchedulerSide:
 
     def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond the local ones can be loaded, None: ask again; and if beside the steps."""
+        if self._loading.is_shared(request, local_tokens):
+            return ASK_AGAIN
         record = self._records.get(request.request_id)
         if record is None:
             return NO_HIT
@@ -93,15 +93,15 @@ class SchedulerSide:
         """`blocks` per group; `tokens` of ours are to be loaded into them."""
         record = self._records.get(request.request_id)
         if record is not None and record.phase is Phase.FOUND and record.found is not None:
-            self._take_up(record, record.found, blocks, tokens)
+            self._take_up(record, request, record.found, blocks, tokens)
         else:
             assert not tokens, "vLLM loads what nobody offered"
         if record is not None:
             self.storing[record.id] = record
-        if any(load.at_once for load in self._loads):
-            self._tables.append(blocks[0])
 
-    def _take_up(self, record: Record, found: Found, blocks: Sequence[Sequence[int]], tokens: int) -> None:
+    def _take_up(
+        self, record: Record, request: Request, found: Found, blocks: Sequence[Sequence[int]], tokens: int
+    ) -> None:
         record.found, lease = None, record.lease
         if not tokens:
             record.phase = Phase.RUNNING
@@ -110,16 +110,14 @@ class SchedulerSide:
         record.phase = Phase.LOADING
         kind = Kind.LOAD_BESIDE if record.beside else Kind.LOAD
         load = Load(0, record.id, not record.beside, [])
-        end = partial(self._end_load, record, lease, load, self._tables)
+        end = partial(self._end_load, record, lease, load, blocks[0])
         load.number = self.jobs.begin(kind, self._clock(), end)
-        self._loads.append(load)  # before anything can go wrong: vLLM counts on these tokens now
-        self._arenas.add(found.arena)
+        self._loading.add(load, found.arena, record, request)  # now: vLLM counts on these tokens
         load.lost = tuple(filter(None, chain.from_iterable(blocks)))
         load.pieces += pieces(self._layout, record, found, blocks, tokens)
         load.lost = ()
         if record.beside:
-            for piece in load.pieces:  # who gave up waiting for a slow load does not make others wait anew
-                self._loading_beside.setdefault(piece.hash, self._clock())
+            self._loading.bring(load.pieces)
         self.counts["loads"] += 1
         self.counts["hit_tokens"] += tokens
 
@@ -176,6 +174,8 @@ class SchedulerSide:
         asked = len(lookup.hashes) // HASH_BYTES
         if not isinstance(reply, m.Found) or not fits(reply, asked, self._layout.groups):
             self.counts[f"drops/{note_failure(self._gate, lookup, reply)}"] += 1
+            if reply is None:
+                self._releases.append(lookup.request)  # it may have been answered, too late
             if is_news:
                 record.phase = Phase.RUNNING
             return
@@ -202,7 +202,7 @@ class SchedulerSide:
             record.local_tokens, record.beside = local_tokens, False
             return NO_HIT
         first = record.hashes[local_tokens // self._layout.chunk_tokens]
-        if self._caches_locally and self._is_loading(first):
+        if self._caches_locally and self._loading.brings(first):
             return ASK_AGAIN  # another request loads the same: when it has, this one hits locally
         record.local_tokens = local_tokens
         blocks = sum(-(-(tokens - local_tokens) // group.block_tokens) for group in self._layout.groups)
@@ -210,29 +210,16 @@ class SchedulerSide:
         record.beside = self._always_beside or self._pace.ms_of(blocks) > patience_ms
         return tokens - local_tokens, record.beside
 
-    def _is_loading(self, hash_: bytes) -> bool:
-        since_ms = self._loading_beside.get(hash_)
-        return since_ms is not None and self._clock() - since_ms < self._options.request_deadline_ms
-
-    def _end_load(
-        self, record: Record, lease: str, load: Load, tables: list[Sequence[int]], ok: bool
-    ) -> None:
+    def _end_load(self, record: Record, lease: str, load: Load, table: Sequence[int], ok: bool) -> None:
         self._releases.append(lease)
-        for hash_ in record.hashes:
-            self._loading_beside.pop(hash_, None)
+        self._loading.brought(record.hashes)
         if record.phase is Phase.LOADING:
             record.phase = Phase.RUNNING
         if not ok:
             record.refuses_hits = True
             self.counts["drops/load_failed"] += 1
-            if load.at_once:
-                self._forget_blocks(set(load.blocks), tables)
-
-    def _forget_blocks(self, lost: set[int], tables: list[Sequence[int]]) -> None:
-        """vLLM gives blocks their hashes before they are loaded, and recomputes them for who still runs."""
-        for table in tables:
-            first = next((at for at, block in enumerate(table) if block in lost), len(table))
-            self._blocks.forget(table[first:])  # what follows was computed from it
+            if load.at_once:  # vLLM has given them their hashes, and what follows was computed from them
+                self._blocks.forget(table[table.index(load.blocks[0]) :])
 
     def _let_lease_go(self, record: Record) -> None:
         if record.found is not None:
@@ -242,11 +229,10 @@ class SchedulerSide:
     # A step's way
 
     def take_loads(self) -> Plan:
-        """The step's plan so far.  Loads that are not all of the arena that a worker knows fail there."""
-        arena = self._arenas.pop() if len(self._arenas) == 1 else b""
-        plan = Plan(arena=arena, loads=self._loads, part_offsets=dict(self._part_offsets))
-        self._loads, self._tables, self._step_waits_until_ms = [], [], 0
-        self._arenas.clear()
+        """The step's plan so far."""
+        self._step_waits_until_ms = 0
+        plan = self._loading.take()
+        plan.part_offsets = dict(self._part_offsets)
         return plan
 
     def add_stores(self, plan: Plan, scheduled: Iterable[Scheduled]) -> None:

@@ -93,8 +93,8 @@ class Stock:
                 self._target = min(2 * self._target, self._most)
                 return
             self._unsure |= reply is None or isinstance(reply, m.Reserved)
-            if isinstance(reply, m.Refused):
-                self._want_less(reply, now_ms)
+            if isinstance(reply, m.Refused) and arena == self.arena:
+                self._want_less(group, count, reply, now_ms)
             else:
                 self._not_before_ms = now_ms + RETRY_MS
 
@@ -103,16 +103,18 @@ class Stock:
         request = m.Reserve(id=self._client.next_id(), session=self._gate.session, group=group, count=count)
         self._client.send(request, self._deadline_ms, take)
 
-    def _want_less(self, refused: m.Refused, now_ms: int) -> None:
-        too_many = refused.code == Code.TOO_LARGE and self._target > 1
-        if not too_many:  # a lesser number may do at once
+    def _want_less(self, group: int, count: int, refused: m.Refused, now_ms: int) -> None:
+        too_many = refused.code == Code.TOO_LARGE and count > 1
+        if too_many:
+            self._most = self._target = min(self._target, count // 2)
+        elif refused.code in (Code.TOO_LARGE, Code.BUSY):
+            self._target = max(1, self._target // 2)
+        self._trim()
+        if not too_many:
             self._not_before_ms = now_ms + RETRY_MS
             self._tell(refused)
-        if refused.code in (Code.TOO_LARGE, Code.BUSY):
-            self._target = max(1, self._target // 2)
-            self._trim()
-        if too_many:
-            self._most = self._target
+        elif len(self._slots[group]) < self._target and not self._unsure:
+            self._ask(group, now_ms)  # at once: the first prompt has none yet to be stored into
 
     def _tell(self, refused: m.Refused) -> None:
         """Once for each reason; all but the one may pass."""

@@ -80,8 +80,7 @@ class WorkerSide:
 
     def store(self, plan: Plan) -> None:
         """The source blocks are held until the store is told as ended."""
-        for number in list(self._loads_at_once):
-            self._end_load_at_once(number)
+        self._end_loads_at_once()
         for store in plan.stores:
             if not self._part.stores:
                 self._outcome.ended[store.number] = 1
@@ -91,7 +90,11 @@ class WorkerSide:
                 self._stores[store.number] = self._begin_store(plan, store)
 
     def take_finished_loads(self) -> tuple[set[str], set[str]]:
-        """Of those beside the steps: the ended ones, and which of them failed.  Each is told once."""
+        """Of those beside the steps: the ended ones, and which of them failed.  Each is told once.
+
+        With a draft model vLLM asks before it has the step stored: the bad blocks of loads at once, for which
+        it asks next, have to be known now."""
+        self._end_loads_at_once()
         ended, failed = set(), set()
         over = [number for number, (_, copy) in self._loads_beside.items() if self._is_over(copy, "load")]
         for number in over:
@@ -126,6 +129,10 @@ class WorkerSide:
         self._outcome.ended[number] = 1
         if not ok:
             self._outcome.failed.add(number)
+
+    def _end_loads_at_once(self) -> None:
+        for number in list(self._loads_at_once):
+            self._end_load_at_once(number)
 
     def _end_load_at_once(self, number: int) -> None:
         load, under_way = self._loads_at_once.pop(number)

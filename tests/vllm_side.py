@@ -42,6 +42,8 @@ def vllm_config(**facts: object) -> SimpleNamespace:
             "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1,
         },
         "load": {"load_format": "auto"},
+        "attention": {"backend": None},
+        "speculative": {"method": None, "draft_model_config": None},
     }  # fmt: skip
     for name, value in facts.items():
         section, _, key = name.partition("_")

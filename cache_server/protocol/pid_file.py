@@ -4,6 +4,7 @@ Containers that share the dir have pid namespaces of their own, in which the sam
 So the second line names the namespace, as the kernel does; a file of one line alone says nothing about it.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,14 @@ class ServerPid:
         """Whether the number means the same process to us; as far as is known."""
         own = own_namespace()
         return self.namespace == own or "" in (self.namespace, own)
+
+    @property
+    def is_stopped(self) -> bool:
+        """By SIGSTOP or a debugger, as far as that can be seen from here."""
+        with contextlib.suppress(OSError, IndexError):
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+            return self.counts_here and stat.rpartition(")")[2].split()[0] in ("T", "t")
+        return False
 
     @property
     def text(self) -> str:

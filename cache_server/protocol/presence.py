@@ -17,6 +17,7 @@ from cache_server.protocol.keys import owner_of
 SOCKET = "server.sock"
 PID = "server.pid"
 ARENA = "arena"
+ARENA_PATH = "arena.path"  # what is in it: where the arena really is
 LOCKS = "locks"
 TOKEN = "token"  # noqa: S105
 LOG = "server.log"
@@ -26,6 +27,18 @@ HOLDS = "holds"
 HOLDS_LOCK = "holds.lock"
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # opened for its own sake
 NAMES_MAX = 8  # tried for a presence file
+SOCKET_PATH_BYTES_MAX = 107  # of a unix socket's address
+
+
+def why_no_socket(runtime_dir: Path) -> str:
+    """In words; empty where one can lie."""
+    size = len(os.fsencode(runtime_dir / SOCKET))
+    if size <= SOCKET_PATH_BYTES_MAX:
+        return ""
+    return (
+        f"the socket's path would have {size} bytes, a unix socket takes {SOCKET_PATH_BYTES_MAX}: "
+        "choose a shorter one"
+    )
 
 
 def presence_name(engine: str) -> str:

@@ -174,10 +174,10 @@ def read_slab(buffer: Buffer, geometry: Geometry, slab: int) -> int:
 
 
 def clear_tables(buffer: Buffer, geometry: Geometry) -> None:
-    """From now on the file is no arena, and no slot of it holds anything.  Only what has memory is
+    """From now on nobody takes the arena over, and no slot of it holds anything.  Only what has memory is
     written to: a write to a page that can't be had kills the process."""
     populated = [slab for slab in range(geometry.slabs) if read_slab(buffer, geometry, slab) != SLAB_RAW]
-    buffer[:BOOTS_AT] = bytes(BOOTS_AT)  # first: nobody is to take over a half-cleared one
+    buffer[:BOOTS_AT] = MAGIC.ljust(BOOTS_AT, b"\0")  # first: nobody is to take over a half-cleared one
     buffer[BOOTS_AT : geometry.table_at] = bytes(geometry.table_at - BOOTS_AT)
     blank = bytes(geometry.entries_bytes)
     for slab in populated:

@@ -14,6 +14,9 @@ from lmconnector.doctor.visit import LOOK, RefusedError, Visit
 PINGS = 100
 PINGS_S = 2.0  # a slow server is asked less often
 QUARANTINE_PERCENT = 10
+CLOSED = (
+    "if it is paused: cache-server resume; else it is about to stop: start it again, it keeps what it holds"
+)
 MIB = 1 << 20
 
 
@@ -49,7 +52,7 @@ def server(visit: Visit) -> Finding:
     found = f"answers, {pong.state}, boot {pong.boot:016x}"
     match pong.state:
         case "draining":
-            return warn("server", found, "it is about to stop; start it again, what it holds is kept")
+            return warn("server", found, CLOSED)
         case "starting":
             return warn("server", found, "ask again in a few seconds")
         case "ready":
@@ -83,7 +86,7 @@ def protocol(visit: Visit, part_bytes: int) -> tuple[Finding, m.Registered | Non
     except RefusedError as refusal:
         advice = {
             Code.VERSION: "install the same lmconnector for server and engine",
-            Code.DRAINING: "start the server again when it has stopped",
+            Code.DRAINING: CLOSED,
             Code.BUSY: "end engines that are not needed",
             Code.NO_PROOF: "server and engine see different files in the runtime dir: mount the same one",
         }.get(refusal.code, LOOK)

@@ -78,6 +78,7 @@ def _looked_at(path: Path, *, has_torch: bool) -> Iterator[Finding]:
         finding, registered = connection.protocol(visit, SLOT_ALIGN)
         yield finding
         if registered is None:
+            yield from (skip(check, "the server has not registered us") for check in OF_THE_ARENA)
             return
         if not has_torch:
             yield from (skip(check, "torch is not installed here") for check in OF_THE_ARENA)

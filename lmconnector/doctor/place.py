@@ -69,22 +69,13 @@ def server_socket(path: Path) -> Finding:
 
 def restart(path: Path) -> str:
     """What to do about a server that does not answer, as far as its process can be seen from here."""
-    seen = _process(path)
-    if seen is None:
-        return f"restart it: cache-server stop --dir {path}, or kill it; what it holds is kept"
-    pid, state = seen
-    if state == "T":
-        return f"process {pid} is stopped: kill -CONT {pid} lets it go on"
-    return f"restart process {pid} (kill -9 if it must be): what it holds is kept"
-
-
-def _process(path: Path) -> tuple[int, str] | None:
-    """Its pid and the kernel's letter for its state."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    with contextlib.suppress(OSError, ValueError):
         server = read_pid(path / PID)
+        if server.is_stopped:
+            return f"process {server.pid} is stopped: kill -CONT {server.pid} lets it go on"
         if server.counts_here:
-            return server.pid, Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return None
+            return f"restart process {server.pid} (kill -9 if it must be): what it holds is kept"
+    return f"restart it: cache-server stop --dir {path}, or kill it; what it holds is kept"
 
 
 def _user(uid: int) -> str:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from cache_server import control
 from cache_server.client import Client, RefusedError
+from cache_server.config import load
 from cache_server.daemon import ServiceManager
 from cache_server.faults import SWITCH
 from cache_server.protocol import messages as m
@@ -85,8 +87,48 @@ def test_a_whole_life_in_the_background(tmp_path: Path) -> None:
 
         assert cache_server("run", "--daemon", *common).returncode == 0
         assert status(common)["chunks"]["restored"] == 8
-        assert "its files are removed" in cache_server("stop", "--purge", *common).stdout
+        purged = cache_server("stop", "--purge", *common).stdout
+        assert purged == f"stopped\nremoved {directory}/arena, {directory}\n"
         assert not directory.exists()
+
+
+def test_a_stop_waits_for_as_long_as_the_server_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own `drain` may be another one."""
+    monkeypatch.setattr(control, "PATIENCE_S", 1.0)
+    with server("--drain", "5s") as process:
+        session = stored(process.runtime_dir)
+        assert session.lookup("never released", HASHES)
+        began_s = time.monotonic()
+        assert control.stop(load({"dir": str(process.runtime_dir), "drain": "0s"}, None))
+        assert time.monotonic() - began_s > 4.0
+        session.abandon()
+
+
+def test_who_stops_a_stopped_process_is_told_how_it_goes_on() -> None:
+    with server() as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(
+            control.ControlError, match=f"is stopped: `kill -CONT {process.pid}` lets it go on"
+        ):
+            control.stop(load({"dir": str(process.runtime_dir)}, None))
+        os.kill(process.pid, signal.SIGCONT)
+
+
+def test_what_a_start_is_refused_for_is_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("of four years")
+    with short_dir() as directory:
+        for options in (
+            ("--arena", str(tmp_path / "thesis"), "--dir", str(directory)),
+            ("--dir", str(tmp_path)),
+        ):
+            started = cache_server("run", "--capacity", "16MiB", "--http", "off", *options)
+            assert started.returncode == 1
+            assert "is kept" in started.stderr or "that are no cache server's (thesis)" in started.stderr
+            purged = cache_server("stop", "--purge", *options)
+            assert purged.returncode == 1
+            assert "not removed" in purged.stderr or "nothing was removed" in purged.stderr
+    assert (tmp_path / "thesis").read_text() == "of four years"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
 def status(common: tuple[str, ...]) -> dict:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,8 @@ OTHERS: dict[str, dict[str, object]] = {
     "drawn hash seed": {"cache_prefix_caching_hash_algo": "xxhash"},
     "tensor parallelism": {"parallel_tensor_parallel_size": 2},
     "pipeline parallelism": {"parallel_pipeline_parallel_size": 2},
+    "attention": {"attention_backend": "FLASHINFER"},
+    "draft": {"speculative_draft_model_config": SimpleNamespace(model="some/draft", revision=None)},
     "load format": {"load_load_format": "dummy"},
     "layout": {"kv": {"kv_cache_layout": "BLHNC"}},
     "tokens per hash": {"kv": {"hash_block_size": 8}},

@@ -30,8 +30,8 @@ def begun(orders: Orders) -> Iterator[Server]:
         flags = {"dir": str(directory), "capacity": "16MiB", "http": "off"}
         config = configuration.parse(configuration.gather(flags, {}, None))
         access = runtime.Access(None)
-        runtime.prepare(directory, access)
-        with contextlib.ExitStack() as open_things:
+        runtime.prepare(directory)
+        with runtime.sole_server(directory, access), contextlib.ExitStack() as open_things:
             vitals = open_things.enter_context(contextlib.closing(Vitals(config)))
             yield open_things.enter_context(contextlib.closing(Server(config, access, vitals, orders)))
 

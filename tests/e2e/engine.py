@@ -16,6 +16,9 @@ from bench.engine import Answers
 if TYPE_CHECKING:
     from vllm import LLM
 
+# In float32 no two tokens are so close that it matters with whom a request shares its step.
+DTYPE = "float32"
+OPTIONS = {"dtype": DTYPE, "enforce_eager": True, "max_model_len": 4096, "block_size": 32, "seed": 0}
 MODULE, NAME, MULTI = TOLD_BY = ("module path", "name", "multi")
 
 
@@ -41,7 +44,7 @@ def main() -> None:
         cache_latents()
     from vllm import LLM
 
-    engine = LLM(**{"enforce_eager": True, "max_model_len": 4096, "block_size": 32, "seed": 0, **options})
+    engine = LLM(**{**OPTIONS, **options})
     answer({"ready": os.getpid()})
     serve(engine, answer)
     engine.llm_engine.engine_core.shutdown()

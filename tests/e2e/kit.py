@@ -26,6 +26,7 @@ STOP_DEADLINE_S = 30.0
 CHUNK_TOKENS = 128
 PROMPT_TOKENS = 1000
 HIT = PROMPT_TOKENS // CHUNK_TOKENS * CHUNK_TOKENS  # of such a prompt
+LATENT_BACKEND = "CPU_MLA"  # that for AMX is not for every machine, nor for float32
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",

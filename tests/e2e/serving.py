@@ -16,7 +16,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from e2e.engine import transfer_config
+from e2e.engine import DTYPE, transfer_config
 from e2e.kit import ANSWER_DEADLINE_S, START_DEADLINE_S, STOP_DEADLINE_S, Said, environment
 from processes import eventually
 
@@ -192,7 +192,7 @@ def _events(
 def _command(model: Path, port: int) -> list[str]:
     return [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", NAME,
-        "--host", "127.0.0.1", "--port", str(port), "--seed", "0", "--enforce-eager",
+        "--host", "127.0.0.1", "--port", str(port), "--seed", "0", "--enforce-eager", "--dtype", DTYPE,
         "--max-model-len", "4096", "--block-size", "32", "--max-num-batched-tokens", "4096",
         "--enable-prompt-tokens-details",
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from e2e.kit import Engine, check_hits_and_wrong_bytes, connector, engines, prompt
+from e2e.kit import LATENT_BACKEND, Engine, check_hits_and_wrong_bytes, connector, engines, prompt
 from processes import ServerProcess, server
 from tools import lacking
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 OPTIONS: dict[str, dict[str, object]] = {
     "sliding": {},
-    "latent": {"dtype": "float32"},  # in bfloat16 an engine that caches rounds a little otherwise
+    "latent": {"attention_backend": LATENT_BACKEND},
     "llama": {"kv_cache_dtype": "fp8"},
     "convolution": {},
 }

@@ -8,6 +8,7 @@ import pytest
 from e2e.kit import (
     CHUNK_TOKENS,
     HIT,
+    LATENT_BACKEND,
     Engine,
     check_hits_and_wrong_bytes,
     connector,
@@ -26,7 +27,7 @@ OPTIONS = {"tensor_parallel_size": 2, "num_gpu_blocks_override": 1024}
 # Two ranks take both of a small machine's cores, and the server gets what they leave.
 PATIENT = {"heartbeat_interval_s": 2.0, "heartbeat_timeout_s": 2.0, "lookup_deadline_ms": 5_000}
 CHUNKS = HIT // CHUNK_TOKENS
-LAYERS, NUMBER_BYTES = 4, 2
+LAYERS, NUMBER_BYTES = 4, 4  # in float32
 ONE_HEAD_BYTES = 2 * CHUNK_TOKENS * LAYERS * 2 * 32 * NUMBER_BYTES  # two ranks' keys and values
 LATENT_BYTES = CHUNK_TOKENS * LAYERS * (512 + 64) * NUMBER_BYTES
 
@@ -71,6 +72,8 @@ def test_ranks_have_a_part_each_unless_all_hold_the_same(
     with server("--capacity", "256MiB") as process:
         patient = connector(process.runtime_dir, **PATIENT)
         options = {"model": str(model(kind)), **OPTIONS}
+        if kind == "latent":
+            options["attention_backend"] = LATENT_BACKEND
         plain = [Engine(tmp_path / "plain.log", cores=CORES, **options)] if kind == "one_head" else []
         engine = Engine(tmp_path / f"{kind}.log", cores=CORES, connector=patient, **options)
         with engines(engine, *plain):

@@ -18,6 +18,7 @@ from cache_server.clock import monotonic_ms
 from cache_server.orders import Orders
 from cache_server.protocol import messages as m
 from cache_server.protocol.codec import decode_request, encode
+from cache_server.protocol.presence import LOCKS
 from cache_server.server import Server
 from cache_server.trials import Outcome
 from cache_server.vitals import Vitals
@@ -51,7 +52,8 @@ class Live:
         flags = {"dir": str(directory), "capacity": "16MiB", "http": "off", **options}
         self.config = configuration.parse(configuration.gather(flags, {}, None))
         access = runtime.Access(None)
-        runtime.prepare(directory, access)
+        runtime.prepare(directory)
+        (directory / LOCKS).mkdir()
         self.vitals = Vitals(self.config)
         self.server = TwistedServer(self.config, access, self.vitals, Orders())
         self._thread = threading.Thread(target=self.server.run, name="loop-under-test")

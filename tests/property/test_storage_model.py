@@ -311,7 +311,7 @@ class StorageMachine(RuleBasedStateMachine):
 
     def reserve_slots(self, actor: Actor, group: int, wanted: int) -> list[SlotRef]:
         size = actor.sizes[group]
-        refused = self.refused_by_limits(actor, size * wanted)
+        refused = self.refused_by_limits(actor, size * wanted, sum(actor.sizes) * wanted)
         available, others = self.available(size), self.slabs()
         self.heard(actor)
         slots = self.run(
@@ -335,14 +335,14 @@ class StorageMachine(RuleBasedStateMachine):
             actor.reserved[name_of(slot)] = Slot(slot, size)
         return slots
 
-    def refused_by_limits(self, actor: Actor, wanted_bytes: int) -> str:
+    def refused_by_limits(self, actor: Actor, wanted_bytes: int, chunks_bytes: int = 0) -> str:
         mine = sum(slot.size for slot in actor.reserved.values())
         everybodys = sum(slot.size for each in self.actors.values() for slot in each.reserved.values())
         if 0 not in actor.members:
             return Code.UNKNOWN_SESSION
         if not actor.complete:
             return Code.INCOMPLETE
-        if wanted_bytes > LIMITS.stock_bytes_max:
+        if chunks_bytes > LIMITS.stock_bytes_max:
             return Code.TOO_LARGE
         if (
             mine + wanted_bytes > LIMITS.stock_bytes_max

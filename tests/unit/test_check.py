@@ -27,7 +27,7 @@ NOW_MS = 50_000_000
 def served(tmp_path: Path) -> Iterator[Config]:
     """A runtime dir whose lock proves that a server runs: this process."""
     config = parse(gather({"dir": str(tmp_path / "run")}, {}, None))
-    prepare(config.runtime_dir, Access(None))
+    prepare(config.runtime_dir)
     with sole_server(config.runtime_dir, Access(None)):
         yield config
 
@@ -122,6 +122,13 @@ def test_the_exit_code_is_the_commands(served: Config) -> None:
 def test_a_server_is_one_whatever_its_pid_file_says(served: Config, page: BeatPage) -> None:
     (served.runtime_dir / PID).unlink()
     assert said(served, "live") == GOOD
+
+
+def test_a_page_that_a_successor_has_made_is_left_to_it(served: Config, page: BeatPage) -> None:
+    """Of a server whose runtime dir was removed under it, and made anew."""
+    with contextlib.closing(BeatPage(served.runtime_dir, LATE_MS, STALL_MS)):
+        page.close()
+        assert read_beat(served.runtime_dir) is not None
 
 
 @only_root

@@ -7,7 +7,7 @@ import pytest
 
 from cache_server import config
 from cache_server.config import Config, ConfigError, gather, parse
-from cache_server.protocol.presence import SOCKET
+from cache_server.protocol.presence import SOCKET, SOCKET_PATH_BYTES_MAX
 
 NOTHING: dict[str, str] = {}
 
@@ -181,12 +181,18 @@ def test_a_file_gives_numbers_as_numbers(tmp_path: Path) -> None:
 
 
 def test_a_dir_too_long_for_a_socket_is_named_with_its_source() -> None:
-    fitting = "/" + "x" * (config.SOCKET_PATH_BYTES_MAX - len(f"//{SOCKET}"))
+    fitting = "/" + "x" * (SOCKET_PATH_BYTES_MAX - len(f"//{SOCKET}"))
     assert load({"dir": fitting}).dir == fitting
     message = error({"dir": fitting + "x"})
     assert message.startswith(f"dir = {fitting + 'x'!r}")
     assert "--dir" in message
     assert "108 bytes, a unix socket takes 107" in message
+
+
+def test_a_misspelt_variable_is_told_and_others_are_none_of_ours() -> None:
+    names = ("CAPACITY", "CAPACITI", "CONFIG", "DEBUG_FAULTS", "PORT", "SERVICE_HOST", "PORT_9470_TCP_ADDR")
+    found = config.misspelt({f"CACHE_SERVER_{name}": "x" for name in names})
+    assert found == ["CACHE_SERVER_CAPACITI is no option; did you mean CACHE_SERVER_CAPACITY?"]
 
 
 def test_a_dir_is_measured_in_bytes() -> None:

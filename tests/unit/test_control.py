@@ -34,7 +34,7 @@ BLOCKED = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 def config() -> Iterator[Config]:
     with short_dir() as parent:
         config = parse(gather({"dir": str(parent / "run"), "drain": "0s"}, {}, None))
-        prepare(config.runtime_dir, Access(None))
+        prepare(config.runtime_dir)
         yield config
 
 
@@ -60,12 +60,11 @@ def said(process: subprocess.Popen[str]) -> str:
     return process.communicate(timeout=20)[0].strip()
 
 
-def test_a_stop_waits_for_the_end_and_then_removes_the_files(config: Config) -> None:
+def test_a_stop_waits_for_the_end(config: Config) -> None:
     with serving(config) as process:
-        assert stop(config, purge=True)
+        assert stop(config)
         assert said(process) == "SIGTERM"
-    assert not config.runtime_dir.exists()
-    assert not stop(config, purge=True), "there is none, and that is what was wanted"
+    assert not stop(config), "there is none, and that is what was wanted"
 
 
 def test_an_order_reaches_the_server(config: Config) -> None:
@@ -79,12 +78,13 @@ def test_an_order_reaches_the_server(config: Config) -> None:
 def test_a_server_that_hangs_is_named_and_keeps_its_files(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cache_server.control.STOP_SLACK_MS", 100)
+    monkeypatch.setattr("cache_server.control.PATIENCE_S", 0.1)
+    monkeypatch.setattr("cache_server.control.LOOK_S", 0.1)
     with serving(config, ends=False) as process:
         with pytest.raises(
             ControlError, match=rf"pid {process.pid}\) has not ended .* `kill -9 {process.pid}`"
         ):
-            stop(config, purge=True)
+            stop(config)
         assert running_server(config.runtime_dir) is not None
 
 
@@ -93,7 +93,7 @@ def test_no_signal_goes_to_another_pid_namespace(config: Config) -> None:
     with sole_server(config.runtime_dir, Access(None)):
         (config.runtime_dir / PID).write_text(ServerPid(os.getpid(), "pid:[1]").text)
         with pytest.raises(ControlError, match=rf"{os.getpid()} of another pid namespace \(pid:\[1\], this"):
-            stop(config, purge=True)
+            stop(config)
         assert running_server(config.runtime_dir) is not None
 
 
@@ -105,14 +105,14 @@ def test_a_process_that_can_not_be_seen_is_named(config: Config) -> None:
         with pytest.raises(
             ControlError, match=rf"its process {gone.pid} can't be seen from here: run this where"
         ):
-            stop(config, purge=False)
+            stop(config)
 
 
 def test_a_server_without_a_pid_is_not_taken_for_none(config: Config) -> None:
     with sole_server(config.runtime_dir, Access(None)):
         (config.runtime_dir / PID).unlink()
         with pytest.raises(CannotTellError):
-            stop(config, purge=True)
+            stop(config)
         with pytest.raises(CannotTellError):
             order(config, PAUSE)
 
@@ -141,7 +141,7 @@ def test_who_may_not_signal_is_told_who_may(config: Config) -> None:
         for path in (config.runtime_dir.parent, config.runtime_dir):
             path.chmod(0o755)
         (config.runtime_dir / PID).chmod(0o644)
-        for call in (lambda: stop(config, purge=True), lambda: order(config, PAUSE)):
+        for call in (lambda: stop(config), lambda: order(config, PAUSE)):
             assert raised_for_somebody_else(call) == (
                 f"ControlError: dir {config.dir}: its server (pid {process.pid}) is another user's process: "
                 "run this as that user (uid 0), or as root"

@@ -25,8 +25,8 @@ def test_without_options_it_is_what_vllm_needs() -> None:
 
 
 def test_options_are_typed() -> None:
-    given = options(["chunk_tokens=512", "store_decode=true", "dir=123"], {"heartbeat_interval_s": "2"})
-    assert given == {"chunk_tokens": 512, "store_decode": True, "dir": "123", "heartbeat_interval_s": 2.0}
+    given = options(["chunk_tokens=512", "store_decode=true", "dir=/123"], {"heartbeat_interval_s": "2"})
+    assert given == {"chunk_tokens": 512, "store_decode": True, "dir": "/123", "heartbeat_interval_s": 2.0}
     assert json.loads(transfer_config(given))["kv_connector_extra_config"] == given
 
 

@@ -18,9 +18,9 @@ def arena() -> Arena:
     return Arena(new_file(GEOMETRY), GEOMETRY, 1)
 
 
-def refusal(arena: Arena, owner: bytes, slot_bytes: int, count: int) -> str:
+def refusal(arena: Arena, owner: bytes, slot_bytes: int, count: int, chunk_bytes: int = 0) -> str:
     try:
-        LIMITS.check_stock(arena, owner, slot_bytes, count)
+        LIMITS.check_stock(arena, owner, slot_bytes, count, chunk_bytes or slot_bytes)
     except RefusedError as error:
         return error.code
     return ""
@@ -40,6 +40,11 @@ def test_one_engine_has_its_bound(arena: Arena) -> None:
     assert refusal(arena, B, 8 * KIB, 1) == ""
 
 
+def test_no_group_takes_what_an_engines_other_groups_need(arena: Arena) -> None:
+    assert refusal(arena, A, 4 * KIB, 2, chunk_bytes=8 * KIB) == ""
+    assert refusal(arena, A, 4 * KIB, 3, chunk_bytes=8 * KIB) == Code.TOO_LARGE
+
+
 def test_all_together_have_theirs(arena: Arena) -> None:
     (slot, *_) = arena.reserve(4 * KIB, 4, A)
     arena.reserve(4 * KIB, 2, B)
@@ -51,6 +56,6 @@ def test_all_together_have_theirs(arena: Arena) -> None:
 def test_a_refusal_says_how_much_there_was_and_may_be(arena: Arena) -> None:
     arena.reserve(4 * KIB, 3, A)
     with pytest.raises(RefusedError, match="12288 bytes are in your stock; with 8192 more it passes 16384"):
-        LIMITS.check_stock(arena, A, 8 * KIB, 1)
+        LIMITS.check_stock(arena, A, 8 * KIB, 1, 8 * KIB)
     with pytest.raises(RefusedError, match="this arena takes 16384 at most"):
-        LIMITS.check_stock(arena, A, 20 * KIB, 1)
+        LIMITS.check_stock(arena, A, 20 * KIB, 1, 20 * KIB)

@@ -21,6 +21,7 @@ from cache_server.runtime import (
     RuntimeDirError,
     admin_token,
     is_served,
+    note_arena,
     prepare,
     purge,
     running_server,
@@ -43,7 +44,7 @@ OWNER_ONLY = Access(None)
 
 @pytest.fixture
 def runtime_dir(tmp_path: Path) -> Path:
-    prepare(tmp_path / "run", OWNER_ONLY)
+    prepare(tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -55,27 +56,77 @@ def mode(path: Path) -> int:
 
 
 def test_it_is_for_its_user_alone(runtime_dir: Path) -> None:
-    assert mode(runtime_dir) == mode(runtime_dir / LOCKS) == 0o700
-    prepare(runtime_dir, OWNER_ONLY)  # again is no matter
+    for _ in range(2):
+        with alone(runtime_dir):
+            assert mode(runtime_dir) == mode(runtime_dir / LOCKS) == 0o700
+        prepare(runtime_dir)  # again is no matter
 
 
-def test_what_was_open_is_closed(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir(mode=0o777)
-    prepare(tmp_path / "run", OWNER_ONLY)
-    assert mode(tmp_path / "run") == 0o700
+def test_what_was_open_is_closed(runtime_dir: Path) -> None:
+    runtime_dir.chmod(0o777)
+    with alone(runtime_dir):
+        assert mode(runtime_dir) == 0o700
 
 
-def test_it_opens_to_one_group(tmp_path: Path) -> None:
+def test_it_opens_to_one_group_and_who_is_refused_does_not_close_it(runtime_dir: Path) -> None:
     name = grp.getgrgid(os.getegid()).gr_name
     access = Access.of_group(name)
-    prepare(tmp_path / "run", access)
-    assert mode(tmp_path / "run") == mode(tmp_path / "run" / LOCKS) == 0o2770
-    assert (tmp_path / "run").stat().st_gid == os.getegid()
-    (tmp_path / "run" / ARENA).touch()
-    access.open_file(tmp_path / "run" / ARENA)
-    assert mode(tmp_path / "run" / ARENA) == access.file_mode == 0o660
+    with sole_server(runtime_dir, access):
+        assert mode(runtime_dir) == mode(runtime_dir / LOCKS) == 0o2770
+        assert runtime_dir.stat().st_gid == os.getegid()
+        (runtime_dir / ARENA).touch()
+        access.open_file(runtime_dir / ARENA)
+        assert mode(runtime_dir / ARENA) == access.file_mode == 0o660
+        prepare(runtime_dir)
+        with pytest.raises(RuntimeDirError, match="already runs"):
+            alone(runtime_dir).__enter__()
+        assert mode(runtime_dir) == mode(runtime_dir / LOCKS) == 0o2770
     assert Access.of_group("") == OWNER_ONLY
     assert OWNER_ONLY.file_mode == 0o600
+
+
+@only_root
+def test_a_group_that_its_user_is_no_member_of_is_named() -> None:
+    with short_dir() as parent:
+        parent.chmod(0o777)
+        with somebody_else():
+            prepare(parent / "run")
+            with (
+                pytest.raises(
+                    RuntimeDirError, match="group = 'daemon': Operation not permitted: choose a group"
+                ),
+                sole_server(parent / "run", Access.of_group("daemon")),
+            ):
+                pass
+
+
+def test_a_directory_of_somebody_elses_files_is_left_as_it_is(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    for name in ("arena", "letters", "pictures", "songs", "thesis"):
+        (tmp_path / name).touch()
+    words = r"has files that are no cache server's \(letters, pictures, songs and 1 more\)"
+    with pytest.raises(RuntimeDirError, match=words):
+        prepare(tmp_path)
+    with pytest.raises(RuntimeDirError, match=f"{words}: nothing was removed"):
+        purge(tmp_path, None)
+    assert mode(tmp_path) == 0o755
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_what_an_operator_leaves_beside_a_servers_files_is_in_nobodys_way(runtime_dir: Path) -> None:
+    with alone(runtime_dir):
+        admin_token(runtime_dir)
+    (runtime_dir / "server.log.1.gz").touch()
+    prepare(runtime_dir)
+
+
+def test_a_directory_that_all_users_share_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    with pytest.raises(
+        RuntimeDirError, match=f"is shared by all users: choose one of its own, {tmp_path}/cache"
+    ):
+        prepare(tmp_path)
+    assert mode(tmp_path) == 0o1777
 
 
 def test_an_unknown_group_is_named() -> None:
@@ -86,9 +137,9 @@ def test_an_unknown_group_is_named() -> None:
 def test_a_file_in_its_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RuntimeDirError, match=r"file: File exists: choose another --dir"):
-        prepare(tmp_path / "file", OWNER_ONLY)
+        prepare(tmp_path / "file")
     with pytest.raises(RuntimeDirError, match="Not a directory"):
-        prepare(tmp_path / "file" / "run", OWNER_ONLY)
+        prepare(tmp_path / "file" / "run")
 
 
 # --- one server
@@ -208,7 +259,7 @@ def test_who_removes_the_pid_file_of_a_running_server_gets_no_second_one(runtime
 def test_a_server_whose_dir_was_removed_leaves_its_successors_pid_alone(runtime_dir: Path) -> None:
     with alone(runtime_dir):
         runtime_dir.rename(runtime_dir.with_name("removed"))
-        prepare(runtime_dir, OWNER_ONLY)
+        prepare(runtime_dir)
         (runtime_dir / PID).write_text("another's\n")
     assert (runtime_dir / PID).read_text() == "another's\n"
 
@@ -242,20 +293,37 @@ def test_a_token_that_is_not_secret_is_made_anew(runtime_dir: Path, spoil: str) 
 
 
 def test_purge_leaves_nothing(runtime_dir: Path) -> None:
+    (runtime_dir / LOCKS).mkdir()
     for name in (*FILES, ARENA, f"{LOCKS}/engine"):
         (runtime_dir / name).touch()
-    purge(runtime_dir, runtime_dir / ARENA)
+    assert purge(runtime_dir, None) == [runtime_dir / ARENA, runtime_dir]
     assert not runtime_dir.exists()
-    purge(runtime_dir, runtime_dir / ARENA)
+    assert purge(runtime_dir, None) == []
 
 
 def test_purge_keeps_what_is_not_the_servers(runtime_dir: Path, tmp_path: Path) -> None:
     arena = tmp_path / "arena elsewhere"
     arena.touch()
-    (runtime_dir / "notes").touch()
-    purge(runtime_dir, arena)
-    assert not arena.exists()
+    (runtime_dir / LOCKS).mkdir()
+    for name in ("notes", TOKEN):
+        (runtime_dir / name).touch()
+    assert purge(runtime_dir, arena) == [arena]
     assert [path.name for path in runtime_dir.iterdir()] == ["notes"]
+
+
+def test_purge_finds_the_arena_that_was_served(runtime_dir: Path, tmp_path: Path) -> None:
+    arena = tmp_path / "arena elsewhere"
+    open_arena(arena, 16 << 20, 0o600).close()
+    note_arena(runtime_dir, arena, OWNER_ONLY)
+    assert purge(runtime_dir, None) == [arena, runtime_dir]
+
+
+def test_purge_removes_no_file_that_is_no_arena(runtime_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("of four years")
+    with pytest.raises(RuntimeDirError, match="thesis: it was not removed: the file is no arena"):
+        purge(runtime_dir, tmp_path / "thesis")
+    assert (tmp_path / "thesis").read_text() == "of four years"
+    assert runtime_dir.exists()
 
 
 def test_purge_frees_the_memory_of_an_arena_that_engines_still_map(runtime_dir: Path) -> None:

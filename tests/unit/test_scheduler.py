@@ -74,6 +74,23 @@ def test_a_local_hit_is_completed_from_where_it_ends(engine: Engine) -> None:
     assert (engine.cache[second.blocks[3:10]] == engine.cache[first.blocks[3:10]]).all()
 
 
+def test_nobody_joins_a_load_that_may_yet_fail(engine: Engine) -> None:
+    """vLLM lets a request share blocks from when they are allocated, and has only the one that loads them
+    compute them when that fails: it may be aborted before."""
+    engine.run(engine.prompt("first", 160))
+    loads, joins = arrive(engine, "loads"), arrive(engine, "joins", 200)
+    stranger = engine.prompt("stranger", 160, "another chain")
+    engine.scheduler.on_new_request(stranger)
+    local = 2 * BLOCK_TOKENS
+    assert engine.scheduler.matched_tokens(loads, local) == (159 - local, False)
+    engine.scheduler.on_allocated(loads, [loads.blocks], 159 - local)
+    assert engine.scheduler.matched_tokens(joins, 144) == (None, False)
+    assert engine.scheduler.matched_tokens(joins, local) == (160 - local, False), "it shares what was there"
+    assert engine.scheduler.matched_tokens(stranger, 144) == (0, False)
+    engine.step(loads)
+    assert engine.scheduler.matched_tokens(joins, 144) == (16, False), "the load is over"
+
+
 def test_a_local_hit_as_long_gives_the_lease_back(engine: Engine) -> None:
     engine.run(engine.prompt("first", 160))
     second = arrive(engine, "second", 200)
@@ -102,6 +119,8 @@ def test_a_lookup_that_nobody_answers_becomes_a_miss(engine: Engine) -> None:
     assert engine.scheduler.matched_tokens(prompt, 0) == (0, False)
     assert "disappointed" in engine.gate.heard
     assert engine.scheduler.counts["drops/lookup_late"] == 1
+    engine.step()
+    assert engine.leases() == 0, "the server may have answered"
 
 
 def test_an_error_on_the_way_out_keeps_no_request_waiting(
@@ -202,8 +221,8 @@ def test_a_failed_load_is_not_offered_again_and_nothing_of_its_step_is_stored(en
     engine.scheduler.on_new_request(other)
     assert engine.scheduler.matched_tokens(prompt, 0) == (160, False)
     engine.scheduler.on_allocated(prompt, [prompt.blocks], 160)
-    found = engine.scheduler._loads[0].pieces[2]
-    engine.scheduler._loads[0].pieces[2] = found._replace(slot=found.slot._replace(generation=999))
+    found = engine.scheduler._loading._loads[0].pieces[2]
+    engine.scheduler._loading._loads[0].pieces[2] = found._replace(slot=found.slot._replace(generation=999))
     assert engine.step(prompt, other) == (set(), set(), set(prompt.blocks[:10]))
     assert engine.scheduler.matched_tokens(prompt, 0) == (0, False)
     assert engine.blocks.held == []

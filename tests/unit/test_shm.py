@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cache_server import shm
 from cache_server.arena import Key
 from cache_server.beats import Bounds, Part
 from cache_server.faults import Faults
@@ -22,6 +23,7 @@ from cache_server.protocol.slots import (
     SLAB_RAW,
     FormatError,
     Geometry,
+    clear_tables,
     holds,
     read_boots,
     read_header,
@@ -111,18 +113,23 @@ def spoil_version(path: Path) -> None:
         opened.write(header)
 
 
+def give_up(path: Path) -> None:
+    """The process is killed before it has removed the name."""
+    with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped, memoryview(mapped) as table:
+        clear_tables(table, GEOMETRY)
+
+
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda path: path.write_bytes(b"no arena at all" * 1000), "the file begins with"),
+        (give_up, "format version 0"),
         (lambda path: path.write_bytes(b""), "the file has 0 bytes"),
-        (lambda path: path.write_bytes(b"short"), "the file has 5 bytes"),
         (lambda path: os.truncate(path, 8192), "now"),
         (lambda path: os.truncate(path, GEOMETRY.file_bytes - 1), "now"),
         (lambda path: os.truncate(path, GEOMETRY.file_bytes + 4096), "now"),
         (spoil_version, f"format version {FORMAT_VERSION + 1}"),
     ],
-    ids=["garbage", "empty", "short", "cut off", "a byte too few", "too long", "another version"],
+    ids=["half given up", "empty", "cut off", "a byte too few", "too long", "another version"],
 )
 def test_what_is_no_arena_of_ours_is_replaced_and_that_is_said(
     path: Path, spoil: Spoil, why: str, caplog: pytest.LogCaptureFixture
@@ -138,6 +145,30 @@ def test_what_is_no_arena_of_ours_is_replaced_and_that_is_said(
     assert "starts empty" in caplog.text
     assert new.in_place
     new.close()
+
+
+@pytest.mark.parametrize("text", [b"no arena at all" * 1000, b"short"])
+def test_somebody_elses_file_is_kept(path: Path, text: bytes) -> None:
+    path.write_bytes(text)
+    with pytest.raises(ArenaError, match="the file is no arena and is kept: remove it, or choose another"):
+        open_arena(path, CAPACITY, 0o600)
+    assert path.read_bytes() == text
+
+
+def test_after_a_boot_of_the_machine_nothing_is_believed(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk a table may have been written whose data was not."""
+    old = make(path)
+    old.close()
+    (tmp_path / "boot_id").write_text("another boot's\n")
+    monkeypatch.setattr(shm, "MACHINE_BOOT", tmp_path / "boot_id")
+    new = open_arena(path, CAPACITY, 0o600)
+    assert "it is of another boot of this machine" in caplog.text
+    new.close()
+    again = open_arena(path, CAPACITY, 0o600)
+    assert again.id == new.id
+    again.close()
 
 
 def test_another_capacity_starts_a_fresh_arena(path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -228,6 +228,19 @@ def test_a_load_that_moves_bytes_is_waited_for_and_told_of(
     assert engine.work(Plan())[:2] == ({"second"}, set())
 
 
+def test_bad_blocks_are_known_before_the_step_is_stored(engine: Engine) -> None:
+    """With a draft model vLLM asks for them first, and a copy need not be over when it was begun."""
+    plan, prompt = hit(engine)
+    ticket = SlowTicket(begun=True)
+    SlowTransfer(engine, ticket)
+    engine.worker.load(plan)
+    engine.arena.holds = lambda slot, hash_: False  # the slot is another's when the copy has ended
+    ticket.over = True
+    assert engine.worker.take_finished_loads() == (set(), set())
+    assert engine.worker.take_bad_blocks() == set(prompt.blocks[:10])
+    assert engine.worker.take_outcome().failed == {plan.loads[0].number}
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_the_blocks_of_a_store_are_let_go_when_it_is_called_off_and_not_before(
     engine: Engine, begun: bool

@@ -224,6 +224,18 @@ def test_only_the_lock_tells_that_a_process_is_gone(registry: Registry) -> None:
     assert engine.incomplete == ""
 
 
+def test_a_start_with_fewer_processes_has_no_use_for_the_last_ones_places(registry: Registry) -> None:
+    old = [worker(rank=rank, world=2, instance="old") for rank in (0, 1)]
+    for each in old:
+        registry.register(each, 0)
+    registry.observe(frozenset(), 1_000)
+    member = registry.register(worker(rank=0, world=1, life=2, instance="new"), 2_000)
+    engine = engine_of(registry, member)
+    assert [each.state(2_000, SILENT_AFTER_MS) for each in engine.members.values()] == [WorkerState.READY]
+    assert engine.incomplete == ""
+    assert len(registry) == 1
+
+
 def test_a_process_that_registers_again_with_its_lock_is_alive(registry: Registry) -> None:
     """Its lock was free for a moment: a container whose first process always has the same pid has restarted,
     or somebody has tidied the runtime dir."""

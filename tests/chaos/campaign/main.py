@@ -5,7 +5,6 @@ Writes report.{json,md,svg}, faults.jsonl and the logs.  Ends with 1 if anything
 """
 
 import argparse
-import json
 import secrets
 import sys
 import tempfile
@@ -71,7 +70,7 @@ def campaign(random: Random, asked: argparse.Namespace, out: Path) -> Seen:
         Random(random.getrandbits(32)), tuple(asked.only.split(",")) if asked.only else tuple(FAULTS)
     )
     with tempfile.TemporaryDirectory(prefix="chaos-") as place:
-        model = _exact(make(Path(place) / "model", "llama"))
+        model = make(Path(place) / "model", "llama")
         plain = Engine(out / "plain.log", cores="1", model=str(model), enable_prefix_caching=False)
         try:
             with scene(model, out, pool, random, PACE_S) as made:
@@ -80,13 +79,6 @@ def campaign(random: Random, asked: argparse.Namespace, out: Path) -> Seen:
                 return _run(made, steps, asked, (pool, right), out / "faults.jsonl")
         finally:
             plain.close()
-
-
-def _exact(model: Path) -> Path:
-    """In float32 no two tokens are so close that it matters with whom a request shares its step."""
-    file = model / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}))
-    return model
 
 
 def _run(

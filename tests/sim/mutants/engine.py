@@ -59,24 +59,33 @@ class LoadsHybridsBeforeTheStep(SchedulerSide):
 class LeavesHashesBehind(SchedulerSide):
     """Of blocks that were not loaded."""
 
-    def _forget_blocks(self, lost: set[int], tables: list[Sequence[int]]) -> None:
-        pass
+    def _end_load(self, record: Record, lease: str, load: Load, table: Sequence[int], ok: bool) -> None:
+        super()._end_load(record, lease, load, load.blocks[:1], ok)
 
 
 class LeavesLaterHashesBehind(SchedulerSide):
     """Of blocks that were computed from those that were not loaded."""
 
-    def _forget_blocks(self, lost: set[int], tables: list[Sequence[int]]) -> None:
-        self._blocks.forget(sorted(lost))
+    def _end_load(self, record: Record, lease: str, load: Load, table: Sequence[int], ok: bool) -> None:
+        super()._end_load(record, lease, load, load.blocks, ok)
+
+
+class LetsOthersJoinALoad(SchedulerSide):
+    """Which may yet fail."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self._loading.is_shared = lambda request, local_tokens: False
 
 
 class PairsWrongly(SchedulerSide):
     """Not a mutant itself."""
 
-    def _take_up(self, record: Record, found: Found, blocks: Sequence[Sequence[int]], tokens: int) -> None:
-        super()._take_up(record, found, blocks, tokens)
-        if tokens:
-            self._loads[-1].pieces = [self.mispair(piece) for piece in self._loads[-1].pieces]
+    def take_loads(self) -> Plan:
+        plan = super().take_loads()
+        for load in plan.loads:
+            load.pieces = [self.mispair(piece) for piece in load.pieces]
+        return plan
 
     def mispair(self, piece: Piece) -> Piece:
         raise NotImplementedError
@@ -100,10 +109,8 @@ class ForgetsTheLastBlock(PairsWrongly):
 
 
 class KeepsLeases(SchedulerSide):
-    def _end_load(
-        self, record: Record, lease: str, load: Load, tables: list[Sequence[int]], ok: bool
-    ) -> None:
-        super()._end_load(record, lease, load, tables, ok)
+    def _end_load(self, record: Record, lease: str, load: Load, table: Sequence[int], ok: bool) -> None:
+        super()._end_load(record, lease, load, table, ok)
         self._releases.remove(lease)
 
 
@@ -124,12 +131,9 @@ class KeepsRecords(SchedulerSide):
 class WaitsForEver(SchedulerSide):
     """For another request that loads the same."""
 
-    def _end_load(
-        self, record: Record, lease: str, load: Load, tables: list[Sequence[int]], ok: bool
-    ) -> None:
-        loading = dict(self._loading_beside)
-        super()._end_load(record, lease, load, tables, ok)
-        self._loading_beside = loading
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self._loading.brought = lambda chunks: None
 
 
 class WaitsForTheReply(SchedulerSide):

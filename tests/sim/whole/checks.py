@@ -103,6 +103,10 @@ class Checks:
         if step.parts or results.loaded or results.bad_blocks:
             told = (results.sampled, results.loaded, results.failed, sorted(results.bad_blocks))
             self._system.note("results", engine.name, step.number, *told)
+        for part in step.parts.values():  # those that load come first
+            if results.bad_blocks & {block for table in part.tables for block in table}:
+                self._system.perhaps_abort_failed(engine, part.request_id)
+                break
 
     def stuck(self) -> list[object]:
         return [
@@ -140,9 +144,9 @@ class Checks:
             "requests": side._requests,
             "storing": side.storing,
             "jobs": side.jobs._jobs,
-            "loads": side._loads,
+            "loads": side._loading._loads,
             "releases": side._releases,
-            "loading beside": side._loading_beside,
+            "loading beside": side._loading._beside,
             "open stores": side.stores._open,
             "pending requests": engine.client._pending,
         }

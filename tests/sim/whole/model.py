@@ -46,7 +46,8 @@ class Model:
         """Else some blocks of a chunk have left the window before it is full, and a prompt of few chunks is
         not found again."""
         shortest = min((window for window in self.size.windows if window), default=0)
-        return self.size.step_tokens > self.chunk_tokens or not shortest or shortest >= self.chunk_tokens
+        step_tokens = min(self.size.step_tokens, self.size.part_tokens or self.size.step_tokens)
+        return step_tokens > self.chunk_tokens or not shortest or shortest >= self.chunk_tokens
 
     @property
     def layout(self) -> ChunkLayout:

@@ -24,6 +24,7 @@ EVENTS = (
     "stall", "die", "lose rank", "weights",  # an engine
 )  # fmt: skip
 CROWDED = 0.2  # of the worlds
+BURSTING = 0.25
 CALM = 0.2  # of them: nothing fails, copies and steps may be slow
 FAULTS_UNTIL_MS = 5_000  # from the start
 
@@ -43,6 +44,7 @@ class Setup:
     prompts: tuple[tuple[int, ...], ...]
     max_tokens: int
     same_prompt: float  # that a request asks for the one before's
+    burst: float = 0.0  # that the same is asked for twice at once
 
     @classmethod
     def draw(cls, rng: Random) -> "Setup":
@@ -91,7 +93,17 @@ class Setup:
             max_tokens=rng.choice((1, 3, 2 * chunk)),
             same_prompt=rng.choice((0.1, 0.5)),
         )
-        return setup.crowded(rng) if rng.random() < CROWDED else setup
+        setup = setup.crowded(rng) if rng.random() < CROWDED else setup
+        state = rng.getstate()
+        setup = setup.bursting(rng) if rng.random() < BURSTING else setup
+        rng.setstate(state)  # whatever is drawn after it is what it was before there were bursts
+        return setup
+
+    def bursting(self, rng: Random) -> "Setup":
+        """Requests share their prompts while these are being loaded, and are computed part by part."""
+        part_tokens = rng.choice((0, 2, 5))
+        models = [replace(one, size=replace(one.size, part_tokens=part_tokens)) for one in self.models]
+        return replace(self, models=tuple(models), burst=rng.choice((0.3, 0.9)))
 
     def crowded(self, rng: Random) -> "Setup":
         """Slots change hands all the time: there are few, no lease lasts, and many ask for many prompts."""

@@ -133,7 +133,10 @@ class System:
     # Requests
 
     def _ask_somebody(self) -> None:
-        self.ask(self.rng.choice(self.engines))
+        engine = self.rng.choice(self.engines)
+        self.ask(engine)
+        if self.setup.burst and self.rng.random() < self.setup.burst:
+            self.ask(engine, self._last_prompt)
 
     def ask(self, engine: Engine, prompt: tuple[int, ...] | None = None) -> Request:
         rng, setup = self.rng, self.setup
@@ -171,6 +174,12 @@ class System:
     def perhaps_abort_loading(self, engine: Engine, request: Request) -> None:
         if self.rng.random() < self.faults.abort_loading:
             self.time.after(self.rng.randint(0, 5), lambda: self._abort(engine, request))
+
+    def perhaps_abort_failed(self, engine: Engine, request_id: str) -> None:
+        """Before its next step."""
+        if self.setup.burst and self.rng.random() < self.faults.abort_loading:
+            self.note("abort", request_id)
+            engine.abort(request_id)
 
     def _abort(self, engine: Engine, request: Request) -> None:
         self.note("abort", request.request_id)

@@ -136,7 +136,7 @@ class Scheduler:
             last = request.num_prompt_tokens + request.max_tokens
             if request.placeholders and request.computed + 2 - request.placeholders >= last:
                 continue
-            tokens = min(request.num_tokens + request.placeholders - request.computed, budget)
+            tokens = self._part(request.num_tokens + request.placeholders - request.computed, budget)
             if not tokens:
                 continue
             if not self._make_room(request, tokens):
@@ -144,6 +144,9 @@ class Scheduler:
             budget -= tokens
             self._enter(step, request, tokens, is_new=False)
         return budget
+
+    def _part(self, tokens: int, budget: int) -> int:
+        return min(tokens, budget, self.size.part_tokens or budget)
 
     def _make_room(self, request: Request, tokens: int) -> bool:
         while not self._allocate(request, tokens):
@@ -194,7 +197,7 @@ class Scheduler:
     def _admit(self, step: Step, request: Request, hit: Hit, budget: int) -> bool:
         computed = request.computed + hit.local + hit.external
         assert computed <= request.num_tokens, "more tokens are offered than the request has"
-        tokens = 0 if hit.beside else min(request.num_tokens - computed, budget)
+        tokens = 0 if hit.beside else self._part(request.num_tokens - computed, budget)
         assert hit.beside or tokens > 0, "a load before the step leaves nothing to compute: vLLM dies of it"
         assert not hit.beside or hit.external, "a load of nothing"
         if not self._allocate(request, tokens, hit, fresh=True):

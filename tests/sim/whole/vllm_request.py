@@ -96,6 +96,7 @@ class EngineSize:
     windows: tuple[int, ...]
     requests_max: int
     step_tokens: int
+    part_tokens: int = 0  # of one request in a step; 0: all that fit
     depth: int = 1  # steps under way at a time
     local_cache: bool = True  # vLLM's own prefix cache
     placeholders: bool = False  # vLLM's async scheduling: decodes go on before the token before is known
