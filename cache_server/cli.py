@@ -57,8 +57,10 @@ def _run(options: argparse.Namespace) -> int:
         print(f"cache-server: warning: {words}", file=sys.stderr)
     if options.verb == "config":
         width = max(map(len, settings))
+        paths = {"dir": config.runtime_dir, "arena": config.arena_path, "log_file": config.log_path}
         for name, setting in settings.items():
-            print(f"{name:{width}}  {setting.text or '(none)':24}  {setting.source}")
+            text = str(paths.get(name, setting.text)) or "(none)"
+            print(f"{name:{width}}  {text:32}  {setting.source}")
         return 0
     if options.verb in TOOLS:
         from cache_server import tools  # noqa: PLC0415  the server starts without them

@@ -130,6 +130,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return Path(self.arena) if self.arena else self.runtime_dir / ARENA
 
     @property
+    def log_path(self) -> Path:
+        """Of `run --daemon`."""
+        return Path(self.log_file) if self.log_file else self.runtime_dir / LOG
+
+    @property
     def limits(self) -> Limits:
         return Limits(
             lease_ms=self.lease,

@@ -22,7 +22,6 @@ from cache_server.detection import detection
 from cache_server.http import AddressError, HttpSide
 from cache_server.orders import PAUSE, RESUME, Orders, StoppedEarlyError
 from cache_server.probes import serves_within_s
-from cache_server.protocol.presence import LOG
 from cache_server.server import Ending, Server
 from cache_server.shm import ArenaError
 from cache_server.values import OFF
@@ -138,11 +137,11 @@ def run_in_background(config: Config) -> int:
     with os.fdopen(reader) as pipe:
         if not select.select([pipe], [], [], patience_s)[0]:
             raise StartError(
-                f"the daemon has not begun to serve within {patience_s} s (its log: {log_path(config)})"
+                f"the daemon has not begun to serve within {patience_s} s (its log: {config.log_path})"
             )
         said = pipe.read()
     if not said.startswith(SERVING):
-        raise StartError(f"{said or 'the daemon ended at its start'} (its log: {log_path(config)})")
+        raise StartError(f"{said or 'the daemon ended at its start'} (its log: {config.log_path})")
     return int(said.removeprefix(SERVING))
 
 
@@ -156,7 +155,7 @@ def _become_daemon(config: Config, starter: Starter) -> NoReturn:
         runtime.prepare(config.runtime_dir)
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        log_to_file(log_path(config), config.log_level)
+        log_to_file(config.log_path, config.log_level)
         run(config, starter)
         status = 0
     except (StartError, runtime.RuntimeDirError) as error:
@@ -167,10 +166,6 @@ def _become_daemon(config: Config, starter: Starter) -> NoReturn:
         starter.tell(f"{type(error).__name__}: {error}")
     finally:
         os._exit(status)
-
-
-def log_path(config: Config) -> Path:
-    return Path(config.log_file) if config.log_file else config.runtime_dir / LOG
 
 
 def log_to_stderr(level: str) -> None:

@@ -50,7 +50,9 @@ class Record:
     local_tokens: int = 0  # the engine's own when the hit was offered
     beside: bool = False  # the hit was offered as a load beside the steps
     refuses_hits: bool = False  # a load failed: it is not offered one again
+    steps_aside: bool = False  # once
     stored_chunks: int = 0  # those before are in the cache or on their way
+    unplaced_chunks: int = 0  # computed, and waiting for slots that the server was asked for
     stores_end: bool = False  # one was dropped: what follows it could not be found
     looked_up_at: int = 0  # the number of the last store then
 

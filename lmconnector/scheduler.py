@@ -66,9 +66,9 @@ class SchedulerSide:
 
     def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond the local ones can be loaded, None: ask again; and if beside the steps."""
-        if self._loading.is_shared(request, local_tokens):
-            return ASK_AGAIN
         record = self._records.get(request.request_id)
+        if self._has_to_wait(record, request, local_tokens):
+            return ASK_AGAIN
         if record is None:
             return NO_HIT
         if record.phase is Phase.LOOKING:
@@ -82,6 +82,13 @@ class SchedulerSide:
             self._look_up(record, request)  # it has waited for long: is it still there?
             return ASK_AGAIN
         return self._offer(record, found, request, local_tokens)
+
+    def _has_to_wait(self, record: Record | None, request: Request, local_tokens: int) -> bool:
+        """For a step, whatever it would be answered."""
+        if record is not None and record.steps_aside:
+            record.steps_aside = False
+            return True
+        return self._loading.is_shared(request, local_tokens)
 
     def on_preempted(self, request_id: str) -> None:
         """It will wait again, and may find more than at first."""
@@ -127,6 +134,8 @@ class SchedulerSide:
         record = self._records.pop(request_id, None)
         if record is not None:
             self._let_lease_go(record)
+            if record.unplaced_chunks:
+                self.stores.give_up(record)
 
     def _look_up(self, record: Record, request: Request) -> None:
         self._let_lease_go(record)
@@ -218,6 +227,9 @@ class SchedulerSide:
         if not ok:
             record.refuses_hits = True
             self.counts["drops/load_failed"] += 1
+            # vLLM keeps it before those whose loads have ended.  If there is no room for it as long as these
+            # have their blocks, all wait for each other; who is asked again leaves that queue to them.
+            record.steps_aside = not load.at_once
             if load.at_once:  # vLLM has given them their hashes, and what follows was computed from them
                 self._blocks.forget(table[table.index(load.blocks[0]) :])
 
@@ -251,7 +263,9 @@ class SchedulerSide:
                 store = self.stores.plan(record, request.block_hashes, wanted, tables)
                 if store is not None:
                     plan.stores.append(store)
-                if record.stores_end or wanted < tokens:  # nothing of it comes any more
+                if record.stores_end or (
+                    wanted < tokens and not record.unplaced_chunks
+                ):  # nothing comes any more
                     del self.storing[request_id]
         self._send_releases()
 

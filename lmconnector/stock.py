@@ -32,6 +32,11 @@ class Stock:
         self._unsure = False  # the server may think that we hold more than we do
         client.on_stray = self._take_stray
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether slots may come at any moment."""
+        return any(self._asked)
+
     def take(self, group: int) -> SlotRef | None:
         if not self._slots[group]:
             return None

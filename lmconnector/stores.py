@@ -100,6 +100,7 @@ class Stores:
     ) -> Store | None:
         """The chunks that become full with the first `tokens` tokens; `tables`: the block ids per group."""
         chunks = min(tokens // self._layout.chunk_tokens, len(block_hashes) // self._layout.hashes_per_chunk)
+        record.unplaced_chunks = 0
         if record.stores_end or chunks <= record.stored_chunks:
             return None
         hashes = self._layout.chunk_hashes(block_hashes)
@@ -116,6 +117,11 @@ class Stores:
         self._remember(batch)
         self._blocks.hold(batch.blocks)
         return Store(self._jobs.begin(Kind.STORE, self._clock(), lambda ok: self._end(batch, ok=ok)), pieces)
+
+    def give_up(self, record: Record, why: str = "no_slot") -> None:
+        """What is not placed yet, and what follows it."""
+        self._counts[f"drops/store_{why}"] += record.unplaced_chunks
+        record.unplaced_chunks, record.stores_end = 0, True
 
     def begin_anew(self) -> bool:
         """What was stored so far is worth nothing any more; -> whether the server could be told."""
@@ -143,9 +149,12 @@ class Stores:
         for chunk in range(record.stored_chunks, len(hashes)):
             found = self._pieces(chunk, hashes[chunk], block_ids) if block_ids else None
             if found is None:
-                record.stores_end = True
-                why = "no_slot" if self._gate.usable else "gate_shut"
-                self._counts[f"drops/store_{why}"] += len(hashes) - chunk
+                record.unplaced_chunks = len(hashes) - chunk
+                self.stock.refill(self._clock())
+                if not self._gate.usable:
+                    self.give_up(record, "gate_shut")
+                elif not self.stock.is_awaited:
+                    self.give_up(record, "no_slot")
                 break
             pieces += found
             record.stored_chunks = chunk + 1

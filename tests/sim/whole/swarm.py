@@ -100,10 +100,12 @@ class Setup:
         return setup
 
     def bursting(self, rng: Random) -> "Setup":
-        """Requests share their prompts while these are being loaded, and are computed part by part."""
+        """Requests share their prompts while these are loaded before a step, which fails often, and are
+        computed part by part."""
         part_tokens = rng.choice((0, 2, 5))
         models = [replace(one, size=replace(one.size, part_tokens=part_tokens)) for one in self.models]
-        return replace(self, models=tuple(models), burst=rng.choice((0.3, 0.9)))
+        options = msgspec.structs.replace(self.options, sync_load_ms=1_000.0)
+        return replace(self, models=tuple(models), options=options, burst=rng.choice((0.3, 0.9)))
 
     def crowded(self, rng: Random) -> "Setup":
         """Slots change hands all the time: there are few, no lease lasts, and many ask for many prompts."""
@@ -215,3 +217,6 @@ class Faults:
             abort_loading=maybe(0.1, 0.5),
             events=tuple(sorted(events)),
         )
+
+    def as_in(self, setup: Setup) -> "Faults":
+        return replace(self, copy_failure=0.3, abort_loading=0.3) if setup.burst else self

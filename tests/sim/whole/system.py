@@ -39,7 +39,8 @@ class System:
     ) -> None:
         self.rng = rng
         self.setup = setup or Setup.draw(rng)
-        self.faults = self.drawn = faults or Faults.draw(rng)  # at this moment; while they go on
+        drawn = faults or Faults.draw(rng).as_in(self.setup)
+        self.faults = self.drawn = drawn  # at this moment; while they go on
         self.time = Timeline()
         self.healed_ms = 0
         self.network = Network(self.time, rng, slow_ms=self.setup.timing.timeout_ms // 2)
