@@ -92,6 +92,21 @@ def test_a_server_that_is_busy_is_asked_for_less_later_and_for_all_again_when_it
     assert counts_asked(*[Code.BUSY] * 5, step_ms=RETRY_MS)[:9] == [8, 4, 2, 1, 1, 1, 2, 4, 8]
 
 
+def test_a_group_keeps_no_more_than_the_others_may_have() -> None:
+    """The server is busy: what one has beyond that goes back, or another one would never get any."""
+    link = Answering()
+    client = Client(link, lambda: 1_000)
+    stock = Stock(client, OpenGate(), groups=2, target=8, deadline_ms=DEADLINE_MS)
+    stock.refill(1_000)
+    link._replies[2:] = [m.Refused(id=link.asked[1].id, boot=7, code=Code.BUSY, detail="no room")]
+    link._replies[1:2] = []  # nothing came twice
+    client.poll(0)
+    stock.refill(1_000 + RETRY_MS)
+    told = link.asked[-1]
+    assert isinstance(told, m.Abort)
+    assert len(split_slot_names(told.slots)) == 4
+
+
 def test_what_is_too_large_is_not_asked_for_again() -> None:
     assert counts_asked(*[Code.TOO_LARGE] * 2, step_ms=1)[:5] == [8, 4, 2, 2, 2]
 

@@ -13,6 +13,7 @@ SEEN_BY = {
     "LeavesLaterHashesBehind": "test_scheduler.py",
     "StoresWithoutAParent": "test_scheduler.py",
     "LooksAtTheHashOnly": "test_scheduler.py",
+    "HoardsSlots": "test_stock.py",
     "WritesWithoutAReservation": "test_worker.py",
     "WritesIntoAnyArena": "test_worker.py",
     "CommitsForAnybody": "test_storage.py",
