@@ -69,7 +69,7 @@ def _await_end(process: int, server: ServerPid, runtime_dir: Path) -> None:
             if heard_s == began_s:
                 print(f"the server (pid {server.pid}) drains, and is waited for", file=sys.stderr)
             heard_s = now_s
-        elif now_s - heard_s > PATIENCE_S:
+        elif now_s - heard_s > PATIENCE_S and not select.select([process], [], [], 0)[0]:
             raise ControlError(
                 f"the server (pid {server.pid}) has not ended within {now_s - began_s:.0f} s: it may hang; "
                 f"`kill -9 {server.pid}` loses nothing that was committed"

@@ -94,7 +94,7 @@ def test_a_whole_life_in_the_background(tmp_path: Path) -> None:
 
 def test_a_stop_waits_for_as_long_as_the_server_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own `drain` may be another one."""
-    monkeypatch.setattr(control, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(control, "PATIENCE_S", 3.0)
     with server("--drain", "5s") as process:
         session = stored(process.runtime_dir)
         assert session.lookup("never released", HASHES)
