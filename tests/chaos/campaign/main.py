@@ -55,7 +55,7 @@ def main() -> None:
         log.unlink()
     with bounded(round(asked.seconds) + AROUND_S):
         seen = campaign(Random(asked.seed), asked, out)
-    report = judge(seen, parse(connector(out)).timing)
+    report = judge(seen, parse(connector(out.absolute())).timing)
     written = Written(provenance=provenance(), machine=machine(), report=report, seen=seen)
     (out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(written)))
     (out / "report.svg").write_text(picture(seen, report))
