@@ -44,6 +44,11 @@ def of_this_process() -> Sample:
 
 
 def test_a_sample_counts_files_threads_and_mappings() -> None:
+    """Again if need be: what earlier tests have left may end just then."""
+    eventually(_counts_right, "one file, one thread, one mapping")
+
+
+def _counts_right() -> bool:
     before = of_this_process()
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
@@ -59,10 +64,10 @@ def test_a_sample_counts_files_threads_and_mappings() -> None:
         during.threads - before.threads,
         during.shared - before.shared,
     )
-    assert gained == (1, 1, 1), "one file, however often it is mapped"
     assert during.rss_mib > 1.0
     after = of_this_process()
-    assert (after.files, after.threads, after.shared) == (before.files, before.threads, before.shared)
+    left = (after.files, after.threads, after.shared) == (before.files, before.threads, before.shared)
+    return left and gained == (1, 1, 1)  # one file, however often it is mapped
 
 
 def test_a_process_that_has_ended_is_not_sampled() -> None:
