@@ -32,9 +32,9 @@ class Stock:
         self._unsure = False  # the server may think that we hold more than we do
         client.on_stray = self._take_stray
 
-    @property
-    def is_awaited(self) -> bool:
-        """Whether slots may come at any moment."""
+    def is_awaited(self, now_ms: int) -> bool:
+        """Whether slots may come at any moment; asked in the midst of a plan, which is for this arena."""
+        self._top_up(now_ms)
         return any(self._asked)
 
     def take(self, group: int) -> SlotRef | None:
@@ -64,6 +64,9 @@ class Stock:
             return
         if self.arena != self._gate.arena:
             self._forget(self._gate.arena)
+        self._top_up(now_ms)
+
+    def _top_up(self, now_ms: int) -> None:
         if now_ms < self._not_before_ms or any(self._asked):
             return
         if self._unsure:

@@ -150,10 +150,9 @@ class Stores:
             found = self._pieces(chunk, hashes[chunk], block_ids) if block_ids else None
             if found is None:
                 record.unplaced_chunks = len(hashes) - chunk
-                self.stock.refill(self._clock())
                 if not self._gate.usable:
                     self.give_up(record, "gate_shut")
-                elif not self.stock.is_awaited:
+                elif not self.stock.is_awaited(self._clock()):
                     self.give_up(record, "no_slot")
                 break
             pieces += found
